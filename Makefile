@@ -1,0 +1,38 @@
+# Both environments live in the clone: .venv (trainer, coordinator, tests) and .venv-engine (SGLang).
+# A stamp file remembers what is installed, so a second call starts at once.
+PYTHON ?= python3.11
+CONFIG ?= conf/toy.yaml
+PIP = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint install clean
+
+demo: install  ## run the main job on two cores, without a GPU
+	.venv/bin/megatron-opd train $(CONFIG) $(ARGS)
+
+test: install .venv/dev.stamp lint  ## run all tests
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+install: .venv/trainer.stamp .venv-engine/engine.stamp
+
+.venv/trainer.stamp: requirements/trainer-cpu.txt pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) -r requirements/trainer-cpu.txt
+	.venv/bin/python $(PIP) --no-deps --editable .
+	touch $@
+
+.venv/dev.stamp: .venv/trainer.stamp requirements/dev.txt
+	.venv/bin/python $(PIP) -r requirements/dev.txt
+	touch $@
+
+.venv-engine/engine.stamp: requirements/engine-cpu.txt requirements/engine-cpu-nodeps.txt
+	test -x .venv-engine/bin/python || $(PYTHON) -m venv .venv-engine
+	.venv-engine/bin/python $(PIP) -r requirements/engine-cpu.txt
+	.venv-engine/bin/python $(PIP) --no-deps -r requirements/engine-cpu-nodeps.txt
+	touch $@
+
+clean:  ## remove both environments; runs are kept
+	rm -rf .venv .venv-engine

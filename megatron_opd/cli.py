@@ -1,0 +1,55 @@
+"""The command line: verbs only. Each is a few lines that call the package; nothing heavy is imported for --help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_opd.errors import OpdError
+
+app = typer.Typer(
+    name="megatron-opd",
+    help="Large-scale on-policy distillation: one student, several frozen teachers, its own rollouts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example conf/toy.yaml", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, for example steps=2", metavar="KEY=VALUE")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Start every process of a run on this machine, watch it, and stop it all at the end."""
+    from megatron_opd.config import load_config
+    from megatron_opd.observe.console import RunConsole
+    from megatron_opd.train.supervisor import StoppedBySignal
+    from megatron_opd.train.supervisor import train as run_training
+
+    with RunConsole() as console:
+        try:
+            settings = load_config(config, overrides or [])
+            summary = run_training(settings, console)
+            console.result(summary, settings.run_dir)
+        except OpdError as error:
+            console.error(error)
+            raise typer.Exit(1) from None
+        except StoppedBySignal as stop:
+            console.error(stop)
+            raise typer.Exit(128 + stop.number) from None
+
+
+@app.command("config")
+def show_config() -> None:
+    """Print every key of the config with its type, default and meaning."""
+    from megatron_opd.observe.reference import config_reference
+
+    typer.echo(config_reference())
+
+
+def main() -> None:
+    """Entry point of the ``megatron-opd`` command."""
+    app()

@@ -1,0 +1,335 @@
+"""Every option of a run, one sentence each, with the only default it has.
+
+A YAML file holds what differs from these defaults; ``key=value`` arguments hold what differs from the file:
+
+    load_config(Path("conf/toy.yaml"), ["steps=2", "optimizer.lr=1e-4"])
+
+All mistakes are reported together, with the nearest known key. Relative paths count from the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from megatron_opd.errors import ConfigError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: Path
+    """Hugging Face checkpoint folder that the student starts from."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that share every matrix."""
+    data_parallel: PositiveInt = 1
+    """Copies of the student that split a batch."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks also split the tokens between matrices."""
+    backend: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Layers: Transformer Engine, or plain torch; auto takes Transformer Engine where a GPU and the package are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights and matrix products; gradients and optimizer state are float32 in both."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks run; auto takes a GPU when there is one."""
+    threads_per_rank: PositiveInt = 1
+    """CPU threads of one rank."""
+    row_tokens: PositiveInt = 4096
+    """Most tokens in one packed row, which is one micro-batch of one rank."""
+
+
+class OptimizerConfig(Section):
+    """Megatron's Adam and its scheduler."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate goes from lr to min_lr after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps during which the rate grows linearly from 0 to lr."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.98
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+
+
+class EngineConfig(Section):
+    """How servers that this run starts are started."""
+
+    python: Path = Path(".venv-engine/bin/python")
+    """Python of the engine's own environment."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where servers run; auto takes a GPU when there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the served models."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the key-value cache in tokens; null lets the engine choose."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """Share of the device's memory for weights and key-value cache."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Longest wait for a server to become ready."""
+    request_timeout_s: PositiveFloat = 600.0
+    """Longest wait for one answer."""
+    max_concurrency: PositiveInt = 256
+    """Most requests under way at one server."""
+
+
+class ServerConfig(Section):
+    """One server: started by the run on this machine, or attached to by URL."""
+
+    url: str | None = None
+    """Attach to a running server, for example http://127.0.0.1:30000; null starts one."""
+    port: Port = 0
+    """Port of a started server; 0 takes a free one."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks of a started server."""
+    gpus: str | None = None
+    """CUDA_VISIBLE_DEVICES of a started server, for example "0,1"; null leaves the variable as it is."""
+
+
+class RolloutConfig(Section):
+    """How the student is sampled."""
+
+    prompts_per_step: PositiveInt = 64
+    """Prompts drawn for one optimizer step."""
+    samples_per_prompt: PositiveInt = 16
+    """Rollouts of each prompt: one group."""
+    max_new_tokens: PositiveInt = 16384
+    """Most tokens of one response."""
+    server: ServerConfig = ServerConfig()
+    """The engine that samples."""
+
+
+class TeacherConfig(Section):
+    """One frozen expert."""
+
+    model: Path
+    """Hugging Face checkpoint folder of the teacher; its tokenizer must equal the student's."""
+    server: ServerConfig = ServerConfig()
+    """The engine that scores."""
+
+
+class ColumnsConfig(Section):
+    """Which column of a prompt file holds what."""
+
+    prompt: str = "prompt"
+    """Text of the question, or a list of chat messages with role and content."""
+    answer: str = "answer"
+    """Reference for the verifier."""
+    domain: str | None = "domain"
+    """Domain of the record; null when the file has none, and default_domain holds for all."""
+    id: str | None = None
+    """Unique name of the record; null names it file:line."""
+
+
+class DataConfig(Section):
+    """Prompts to train on and to evaluate on."""
+
+    train: Path
+    """JSONL or parquet file of training prompts."""
+    eval: Path | None = None
+    """Held-out prompts of the evaluation; null evaluates nothing."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column map of the training file."""
+    eval_columns: ColumnsConfig | None = None
+    """Column map of the evaluation file; null uses columns."""
+    default_domain: str | None = None
+    """Domain of records without one; null makes such a record an error."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Most tokens of a prompt after the chat template; a longer one is an error."""
+
+
+class LossConfig(Section):
+    """The clipped, importance-weighted policy gradient of on-policy distillation (Uni-OPD, sections 3 and 4)."""
+
+    clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The importance ratio has no effect below 1 - clip_low."""
+    clip_high: Annotated[float, Field(ge=0)] = 0.28
+    """The importance ratio has no effect above 1 + clip_high."""
+    max_gap: PositiveFloat = 10.0
+    """Tokens whose teacher and student log-probs differ by this much or more are masked."""
+    normalize: Literal["sequence", "token"] = "sequence"
+    """Mean over each sequence's tokens then over sequences, or mean over all tokens."""
+
+
+class VerifierConfig(Section):
+    """How outcomes are decided: one verifier for each domain."""
+
+    kinds: dict[str, Literal["math", "code", "none"]] = {"math": "math", "code": "code"}
+    """Domain to verifier; "none" answers unknown."""
+    workers: PositiveInt = 1
+    """Processes that verify."""
+    timeout_s: PositiveFloat = 5.0
+    """Longest time for one response; a verification that takes longer is unknown."""
+
+
+class ScoringConfig(Section):
+    """What happens when a teacher's answer cannot be used."""
+
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """The run stops when a larger share of a step's rollouts is dropped."""
+    attempts: PositiveInt = 4
+    """Tries for one request before its rollout is dropped."""
+
+
+class RefreshConfig(Section):
+    """How the rollout engine gets new weights."""
+
+    mode: Literal["broadcast"] = "broadcast"
+    """Way of transport: a process group that spans trainer and engine."""
+    bucket_mb: PositiveInt = 256
+    """Most megabytes of weights in one broadcast."""
+    probe_tolerance: PositiveFloat = 1e-4
+    """Largest difference of log-probs between engine and trainer on the probe sequence after a refresh."""
+    timeout_s: PositiveFloat = 300.0
+    """Longest time for one refresh."""
+
+
+class EvalConfig(Section):
+    """The evaluation before and after training."""
+
+    samples_per_prompt: PositiveInt = 1
+    """Responses for each held-out prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    teachers: bool = True
+    """Whether each teacher is evaluated on its own domain too."""
+    limit: PositiveInt | None = None
+    """Most prompts of each domain; null takes all."""
+
+
+class CoordinatorConfig(Section):
+    """The process in the middle."""
+
+    host: str = "127.0.0.1"
+    """Address that it listens on; other machines need a bearer token, which every run has."""
+    port: Port = 0
+    """Port that it listens on; 0 takes a free one."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    output: Path = Path("runs")
+    """Folder that holds the runs."""
+    existing: Literal["refuse", "archive"] = "refuse"
+    """What to do with a folder of the same name: refuse to start, or move it aside under its time."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of prompt order, sampling and initial state."""
+    student: StudentConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teachers: Annotated[dict[str, TeacherConfig], Field(min_length=1)]
+    """Domain to teacher."""
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    verifiers: VerifierConfig = VerifierConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    refresh: RefreshConfig = RefreshConfig()
+    evaluation: EvalConfig = EvalConfig()
+    coordinator: CoordinatorConfig = CoordinatorConfig()
+
+    @model_validator(mode="after")
+    def _domains_have_verifiers(self) -> Config:
+        missing = sorted(set(self.teachers) - set(self.verifiers.kinds))
+        if missing:
+            raise ValueError(f"teachers.{missing[0]} has no verifier: set verifiers.kinds.{missing[0]}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.output / self.name
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the student."""
+        return self.student.tensor_parallel * self.student.data_parallel
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Read ``path``, apply ``overrides`` (``a.b=value``) and check everything.
+
+    Raises ConfigError that lists every mistake.
+    """
+    if not path.is_file():
+        raise ConfigError("No such config file", where=path.absolute(), fix="give the path of a YAML file")
+    malformed = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if malformed:
+        raise ConfigError("Malformed override", got=" ".join(malformed), expected="key=value, for example steps=2")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        raise ConfigError("The config cannot be read", where=path, got=error) from error
+    return parse_config(plain, where=str(path))
+
+
+def parse_config(plain: object, where: str) -> Config:
+    """Check a plain mapping against the schema. Raises ConfigError that lists every mistake."""
+    if not isinstance(plain, dict):
+        raise ConfigError("The config is not a mapping", where=where, got=type(plain).__name__)
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        mistakes = [_describe(mistake) for mistake in error.errors()]
+        raise ConfigError(
+            f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the config",
+            where=where,
+            got="".join(f"\n    {mistake}" for mistake in mistakes),
+            fix="`megatron-opd config` prints every key with its default",
+        ) from error
+
+
+def _describe(mistake: dict) -> str:
+    location = [str(part) for part in mistake["loc"]]
+    key = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _siblings(location[:-1]), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if mistake["type"] == "missing":
+        return f"{key}: required, but not given"
+    if mistake["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{mistake['ctx']['error']}"
+    return f"{key}: got {mistake['input']!r}; {mistake['msg']}"
+
+
+def _siblings(location: list[str]) -> list[str]:
+    """Known keys beside the last part of ``location``."""
+    section: type[BaseModel] = Config
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:  # a key of a dictionary, such as teachers.math
+            section = TeacherConfig
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)

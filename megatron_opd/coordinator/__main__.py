@@ -1,0 +1,91 @@
+"""The coordinator's process: ``python -m megatron_opd.coordinator RUN_DIRECTORY``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from megatron_opd.config import Config
+from megatron_opd.coordinator.app import BatchBoard, make_app
+from megatron_opd.coordinator.evaluate import first_of_each_domain
+from megatron_opd.coordinator.loop import Loop
+from megatron_opd.coordinator.stages import Stages
+from megatron_opd.coordinator.summary import summary
+from megatron_opd.data.inputs import read_inputs
+from megatron_opd.data.stream import PromptStream
+from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.engines.rollout import RolloutEngine
+from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.observe.recorder import Recorder, tell_failures
+from megatron_opd.runtime.env import token
+from megatron_opd.runtime.process import die_with_parent
+from megatron_opd.runtime.rundir import RunDirectory
+from megatron_opd.teachers.pool import Teacher, TeacherPool
+from megatron_opd.verifiers.pool import VerifierPool
+
+
+async def coordinate(run: RunDirectory) -> None:
+    """Serve and drive one run, then write its summary."""
+    began, config, endpoints = time.time(), run.config(), run.endpoints()
+    recorder, board = Recorder(run.events, run.metrics), BatchBoard()
+    tokenizer = load_tokenizer(config.student.model)
+    train, held_out = read_inputs(config, tokenizer)
+    async with AsyncExitStack() as stack:
+        await _serve(stack, board, endpoints.coordinator)
+        engine = RolloutEngine(await _client(stack, endpoints.rollout, config), tokenizer, config.scoring.attempts)
+        clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
+        verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+        stack.push_async_callback(verifiers.close)
+        loop = Loop(
+            config=config,
+            stages=Stages(engine, verifiers, _teachers(config, clients), config.rollout),
+            graders={d: RolloutEngine(client, tokenizer, config.scoring.attempts) for d, client in clients.items()},
+            stream=PromptStream(train, config.seed),
+            held_out=first_of_each_domain(held_out, config.evaluation.limit),
+            board=board,
+            recorder=recorder,
+        )
+        await loop.run()
+        info = await engine.client.server_info()
+        result = summary(config, loop.evaluations, loop.totals, board.reports, info, time.time() - began)
+        run.summary.write_text(json.dumps(result, indent=2) + "\n")
+        recorder.event("finished")
+
+
+async def _serve(stack: AsyncExitStack, board: BatchBoard, url: str) -> None:
+    runner = web.AppRunner(make_app(board, token()), access_log=None)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    address = urlsplit(url)
+    await web.TCPSite(runner, address.hostname, address.port, shutdown_timeout=2).start()
+
+
+async def _client(stack: AsyncExitStack, url: str, config: Config) -> SGLangClient:
+    client = SGLangClient(url, timeout_s=config.engine.request_timeout_s, max_concurrency=config.engine.max_concurrency)
+    stack.push_async_callback(client.close)
+    return client
+
+
+def _teachers(config: Config, clients: dict[str, SGLangClient]) -> TeacherPool:
+    teachers = [
+        Teacher(domain, client, _vocab_size(config.teachers[domain].model)) for domain, client in clients.items()
+    ]
+    return TeacherPool(teachers, config.scoring.attempts)
+
+
+def _vocab_size(model: Path) -> int:
+    return json.loads((model / "config.json").read_text())["vocab_size"]
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    run_directory = RunDirectory(Path(sys.argv[1]))
+    with tell_failures("coordinator", Recorder(run_directory.events, run_directory.metrics)):
+        asyncio.run(coordinate(run_directory))

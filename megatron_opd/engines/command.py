@@ -1,0 +1,71 @@
+"""Argument lists that start an SGLang server: one place for what differs between a CPU and a GPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_opd.config import EngineConfig, ServerConfig
+from megatron_opd.errors import ConfigError
+from megatron_opd.runtime.env import engine_environment
+
+LAUNCHER = Path(__file__).with_name("sglang_launcher.py")
+CPU_CACHE_TOKENS = 65536  # a CPU machine's memory is shared with the trainer, so the cache gets a fixed size
+
+
+def gpu_present() -> bool:
+    """Whether this machine has an NVIDIA GPU and its driver. Needs no torch."""
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" becomes "cuda" where there is a GPU, "cpu" elsewhere."""
+    return ("cuda" if gpu_present() else "cpu") if device == "auto" else device
+
+
+def check_engine_python(engine: EngineConfig) -> None:
+    """Raises ConfigError when the engine's environment is not there."""
+    if not engine.python.is_file():
+        raise ConfigError(
+            "The engine's Python does not exist",
+            where="engine.python",
+            got=engine.python.absolute(),
+            fix="make the environment with `make install`, or name the Python of an environment that has SGLang",
+        )
+
+
+def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: str) -> list[str]:
+    """Command line of a server of ``model`` at ``url``. Token ids only: the server needs no tokenizer."""
+    address = urlsplit(url)
+    argv = [
+        *(str(engine.python.absolute()), str(LAUNCHER)),
+        *("--model-path", str(model)),
+        *("--host", address.hostname, "--port", str(address.port)),
+        *("--dtype", engine.dtype),
+        *("--tp-size", str(server.tensor_parallel)),
+        "--skip-tokenizer-init",
+        "--enable-metrics",
+        *("--grammar-backend", "none"),
+    ]
+    if resolve_device(engine.device) == "cpu":
+        argv += [
+            *("--device", "cpu", "--attention-backend", "torch_native"),
+            *("--mem-fraction-static", "0.1"),
+            *("--max-total-tokens", str(engine.max_total_tokens or CPU_CACHE_TOKENS)),
+            *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
+        ]
+    else:
+        argv += ["--mem-fraction-static", str(engine.memory_fraction)]
+        argv += ["--max-total-tokens", str(engine.max_total_tokens)] if engine.max_total_tokens else []
+    return argv
+
+
+def server_environment(engine: EngineConfig, server: ServerConfig) -> dict[str, str]:
+    """Environment of that server."""
+    values = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+    if resolve_device(engine.device) == "cpu":
+        values |= {"OMP_NUM_THREADS": "1"}
+    if server.gpus is not None:
+        values |= {"CUDA_VISIBLE_DEVICES": server.gpus}
+    return engine_environment(**values)

@@ -1,0 +1,187 @@
+"""A client of one SGLang server: sampling, prompt log-probs and weight updates, over its native HTTP interface."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_opd.errors import EngineError
+from megatron_opd.runtime.http import TransientError, fetch, new_session
+
+# From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
+FIRST_WITH_BRACKETS = (0, 5, 21)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a response. ``stop_token_ids`` end it and belong to it."""
+
+    max_new_tokens: int
+    temperature: float  # 0 is greedy
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One sampled response of R tokens, as the server returned it, checked."""
+
+    token_ids: np.ndarray  # [R] int64
+    logprobs: np.ndarray  # [R] float32, of the sampled tokens; at temperature 1 those of the model
+    versions: np.ndarray  # [R] int64, weight version of each token; -1 before the first refresh
+    finish_reason: str  # "stop" or "length"
+
+
+@dataclass(frozen=True)
+class WeightBucket:
+    """Description of the tensors that one broadcast carries, in order."""
+
+    names: list[str]
+    dtypes: list[str]  # "float32", "bfloat16"
+    shapes: list[list[int]]
+
+
+class SGLangClient:
+    """One server. Not bound to a task: any number of requests may be under way."""
+
+    def __init__(self, url: str, *, timeout_s: float, max_concurrency: int) -> None:
+        self.url = url.rstrip("/")
+        self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    # ------------------------------------------------------------------ facts
+
+    async def server_info(self) -> dict:
+        """Launch arguments and release of the server."""
+        return await self._get("/server_info")
+
+    async def weight_version(self) -> str:
+        """The server's current weight version; "default" before the first refresh."""
+        return (await self._get("/model_info"))["weight_version"]
+
+    # --------------------------------------------------------------- sampling
+
+    async def generate(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> list[Generation]:
+        """Draw ``samples`` responses to one prompt.
+
+        Raises TransientError when the server aborted a response, EngineError when its answer breaks the contract.
+        """
+        body = {
+            "input_ids": list(prompt_ids),
+            "sampling_params": {
+                "n": samples,
+                "temperature": sampling.temperature,
+                "max_new_tokens": sampling.max_new_tokens,
+                "stop_token_ids": list(sampling.stop_token_ids),
+            },
+            "return_logprob": True,
+        }
+        answer = await self._post("/generate", body)
+        replies = answer if isinstance(answer, list) else [answer]
+        self._check(len(replies) == samples, "number of responses", len(replies), samples)
+        return [self._parse_generation(reply) for reply in replies]
+
+    def _parse_generation(self, reply: dict) -> Generation:
+        meta, token_ids = reply["meta_info"], np.array(reply["output_ids"], dtype=np.int64)
+        finish = meta["finish_reason"]
+        if finish["type"] == "abort":
+            raise TransientError("The server aborted a response", where=self.url, got=finish.get("message"))
+        self._check(finish["type"] in ("stop", "length"), "finish_reason", finish["type"], "stop or length")
+        self._check(len(token_ids) > 0, "length of a response", 0, "at least 1 token")
+        logprobs, echoed = split_rows(meta["output_token_logprobs"])
+        self._check(np.array_equal(echoed, token_ids), "ids beside the log-probs", echoed[:8], token_ids[:8])
+        self._check(bool(np.isfinite(logprobs).all()), "log-probs", "a value that is not finite", "finite values")
+        return Generation(
+            token_ids, logprobs, self._token_versions(meta["weight_versions"], len(token_ids)), finish["type"]
+        )
+
+    def _token_versions(self, spans: list[dict], length: int) -> np.ndarray:
+        starts = [span["start"] for span in spans] + [length]
+        ends = [0] + [span["end"] for span in spans]
+        self._check(starts == ends, "weight_versions", spans, f"spans that cover 0..{length}")
+        versions = [-1 if span["version"] == "default" else int(span["version"]) for span in spans]
+        return np.repeat(np.array(versions, dtype=np.int64), np.diff(ends))
+
+    # ---------------------------------------------------------------- scoring
+
+    async def prompt_logprobs(self, token_ids: list[int], start: int) -> dict:
+        """Raw reply to a request that samples nothing and returns log-probs of positions ``start``.. of ``token_ids``.
+
+        The log-probs are those of temperature 1, whatever a request asks for.
+        """
+        body = {
+            "input_ids": token_ids,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+            "return_logprob": True,
+            "logprob_start_len": start,
+        }
+        return await self._post("/generate", body)
+
+    # ---------------------------------------------------------------- weights
+
+    async def join_weight_group(self, host: str, port: int, world_size: int, backend: str, name: str) -> None:
+        """Let the server's ranks join the process group whose rank 0 is the trainer. Returns when all have joined."""
+        await self._control(
+            "/init_weights_update_group",
+            {
+                "master_address": host,
+                "master_port": port,
+                "rank_offset": 1,
+                "world_size": world_size,
+                "group_name": name,
+                "backend": backend,
+            },
+        )
+
+    async def begin_weight_update(self) -> None:
+        if await self._has_brackets():
+            await self._control("/begin_weight_update", {})
+
+    async def receive_bucket(self, bucket: WeightBucket, group: str, *, flush: bool, version: int) -> None:
+        """Receive one broadcast of ``bucket`` as concatenated bytes; ``flush`` empties the prefix cache afterwards."""
+        body = {
+            "names": bucket.names,
+            "dtypes": bucket.dtypes,
+            "shapes": bucket.shapes,
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": flush,
+            "weight_version": str(version),
+        }
+        await self._control("/update_weights_from_distributed", body)
+
+    async def end_weight_update(self) -> None:
+        if await self._has_brackets():
+            await self._control("/end_weight_update", {})
+
+    async def _has_brackets(self) -> bool:
+        release = (await self.server_info())["version"].split("+")[0].split(".")[:3]
+        return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release) >= FIRST_WITH_BRACKETS
+
+    # ------------------------------------------------------------------ wires
+
+    async def _control(self, path: str, body: dict) -> None:
+        """A weight endpoint: its 200 answer says whether it succeeded."""
+        answer = await self._post(path, body)
+        self._check(answer.get("success", True) is True, f"answer of {path}", answer, "success: true")
+
+    async def _get(self, path: str) -> dict:
+        return json.loads((await fetch(self._session, "GET", self.url + path))[1])
+
+    async def _post(self, path: str, body: dict) -> dict:
+        return json.loads((await fetch(self._session, "POST", self.url + path, json=body))[1])
+
+    def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
+        if not ok:
+            raise EngineError(f"The server's {what} is wrong", where=self.url, got=got, expected=expected)
+
+
+def split_rows(rows: list) -> tuple[np.ndarray, np.ndarray]:
+    """``[[logprob or null, id, text], ...]`` to log-probs (null becomes NaN) and ids, without a loop over tokens."""
+    if not rows:
+        return np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
+    logprobs, ids, _ = zip(*rows, strict=True)
+    return np.array(logprobs, dtype=np.float32), np.array(ids, dtype=np.int64)

@@ -1,0 +1,61 @@
+"""The exception tree. Every error tells what, where, got, expected and how to fix it.
+
+    OpdError
+      ConfigError    a wrong config key, value, override or combination      (also ValueError)
+      DataError      a prompt file or record that cannot be used             (also ValueError)
+      ModelError     a model or tokenizer folder that cannot be used         (also ValueError)
+      EngineError    a server answered wrongly, or does not answer           (also RuntimeError)
+      ProcessError   a process of the run died or could not start            (also RuntimeError)
+      RefreshError   engine and trainer disagree after a weight refresh      (also RuntimeError)
+
+To add one: derive from ``OpdError`` and from the standard exception that a caller would have caught before.
+"""
+
+from __future__ import annotations
+
+
+class OpdError(Exception):
+    """Base of all errors that a user can meet.
+
+    what: one sentence; where: file, key or URL; got and expected: the two values that disagree; fix: what to do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("got", self.got), ("expected", self.expected), ("fix", self.fix)]
+        return "\n".join([self.what] + [f"  {name + ':':10}{value}" for name, value in rows if value is not None])
+
+
+class ConfigError(OpdError, ValueError):
+    """A wrong config key, value, override or combination."""
+
+
+class DataError(OpdError, ValueError):
+    """A prompt file or record that cannot be used."""
+
+
+class ModelError(OpdError, ValueError):
+    """A model or tokenizer folder that cannot be used."""
+
+
+class EngineError(OpdError, RuntimeError):
+    """A server answered wrongly, or does not answer."""
+
+
+class ProcessError(OpdError, RuntimeError):
+    """A process of the run died or could not start."""
+
+
+class RefreshError(OpdError, RuntimeError):
+    """Engine and trainer disagree after a weight refresh."""

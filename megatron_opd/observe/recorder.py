@@ -1,0 +1,60 @@
+"""What a run leaves behind while it runs: events for the console, numbers for the plots."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from megatron_opd.errors import OpdError
+
+
+class Recorder:
+    """Appends one JSON object a line; each line is flushed, so another process can follow the file."""
+
+    def __init__(self, events: Path, metrics: Path) -> None:
+        self._events, self._metrics = events, metrics
+
+    def event(self, kind: str, **facts: object) -> None:
+        """Something happened: ``kind`` names it, ``facts`` are plain values."""
+        self._append(self._events, {"time": round(time.time(), 3), "event": kind, **facts})
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """The numbers of a finished step, also shown on the console."""
+        self._append(self._metrics, {"step": step, **metrics})
+        self.event("step", step=step, metrics=metrics)
+
+    @staticmethod
+    def _append(path: Path, row: dict) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def tell_failures(role: str, recorder: Recorder) -> Iterator[None]:
+    """Leave an OpdError as an event for the supervisor to show, then go on raising it."""
+    try:
+        yield
+    except OpdError as error:
+        recorder.event("failed", role=role, error=str(error))
+        raise
+
+
+def follow(file: TextIO) -> Iterator[dict]:
+    """Events written since the last call; a line that is still being written is left for the next one."""
+    while True:
+        start = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(start)
+            return
+        yield json.loads(line)
+
+
+def read_events(path: Path) -> list[dict]:
+    """All events of a run so far."""
+    with path.open() as file:
+        return list(follow(file))

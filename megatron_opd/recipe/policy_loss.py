@@ -1,0 +1,49 @@
+"""The clipped, importance-weighted policy gradient on packed tokens."""
+
+from __future__ import annotations
+
+import torch
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    denominator: float,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This micro-batch's share of the step's loss and of its metrics.
+
+        ratio      = exp(logprobs - behaviour_logprobs)
+        token loss = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+        loss       = sum(weights * token loss) / denominator
+
+    logprobs [T]: current policy, carries the gradient; behaviour_logprobs [T]: policy that sampled; advantages [T] (A):
+    constants; weights [T] >= 0: share of each token; denominator: normaliser of the whole global batch. Values at
+    weight 0 are never read, not even non-finite ones. Loss and metrics are sums: adding them over micro-batches and
+    ranks gives the loss and the weighted means of the global batch. Metrics: ``advantage``, ``abs_advantage``,
+    ``clipped_share`` (tokens whose clipped term is the smaller one, hence without gradient) and
+    ``abs_logprob_change`` (|current - behaviour|).
+
+    Source: PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with the token-level teacher-minus-student advantage of
+    Uni-OPD (arXiv 2605.03677, section 3) and its asymmetric clip of 0.2 and 0.28.
+    """
+    used = weights > 0
+    # Selecting before any arithmetic: 0 * inf would be nan, in the loss and in its gradient.
+    change = torch.where(used, logprobs, 0.0) - torch.where(used, behaviour_logprobs, 0.0)
+    advantages = torch.where(used, advantages, 0.0)
+    share = torch.where(used, weights, 0.0) / denominator
+
+    ratio = change.exp()
+    free = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    loss = -(share * torch.minimum(free, clipped)).sum()
+    metrics = {
+        "advantage": (share * advantages).sum(),
+        "abs_advantage": (share * advantages.abs()).sum(),
+        "clipped_share": (share * (clipped < free)).sum(),
+        "abs_logprob_change": (share * change.abs()).sum(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}

@@ -1,0 +1,113 @@
+"""One frozen record per stage: Prompt -> Rollout -> Verified -> Scored -> TrainSample -> PackedBatch.
+
+Legend of shapes: P prompt tokens, R response tokens, N tokens of all rows, M rows, S sequences.
+
+A worked example: a prompt of P = 3 tokens ``[5, 6, 7]`` is answered with R = 2 tokens ``[8, 2]`` (2 = end of turn).
+
+    Rollout      token_ids [8, 2]          logprobs [-0.5, -0.1]          versions [4, 4]
+    Scored       teacher_logprobs [-0.2, -0.3]
+    TrainSample  token_ids [5, 6, 7, 8, 2] advantages [+0.3, -0.2]        weights [0.5, 0.5]
+    PackedBatch  tokens        [ 5,  6,    7,    8,   2]     (one row, one sequence)
+                 labels        [ 6,  7,    8,    2,   0]     token t is the one predicted at position t
+                 advantages    [ 0,  0, +0.3, -0.2,   0]
+                 weights       [ 0,  0,  0.5,  0.5,   0]     0 where nothing is trained
+                 row_offsets [0, 5]   sequence_offsets [0, 5]   denominator 1.0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+
+
+class Outcome(IntEnum):
+    """Whether a response is right. UNKNOWN is neither: a verifier that failed says so and never guesses."""
+
+    UNKNOWN = -1
+    INCORRECT = 0
+    CORRECT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, ready to be sent to an engine. Filled by ``data``."""
+
+    id: str  # unique in its file: the record's own id, or "file:line"
+    domain: str  # names the teacher and the verifier
+    text: str  # what the user says, before the chat template
+    token_ids: tuple[int, ...]  # [P] after the chat template, ends where the assistant's turn begins
+    answer: str  # reference for the verifier: a number, or a JSON of tests
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One sampled response. Filled by ``engines``."""
+
+    prompt: Prompt
+    group: int  # number of the prompt's group in this run: rollouts of one sampled prompt share it
+    token_ids: np.ndarray  # [R] int64, includes the end-of-turn token when the model stopped by itself
+    logprobs: np.ndarray  # [R] float32, log-prob of each token under the weights that sampled it, temperature 1
+    versions: np.ndarray  # [R] int64, weight version that sampled each token
+    finish_reason: Literal["stop", "length"]  # "length": cut at the token limit
+    text: str  # decoded response, without special tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verified:
+    """A rollout with its outcome. Filled by ``verifiers``."""
+
+    rollout: Rollout
+    outcome: Outcome
+    reason: str  # one clause for a person: "equal", "3 of 5 tests failed", "no \\boxed{} found"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A verified rollout with its teacher's log-probs. Filled by ``teachers``."""
+
+    verified: Verified
+    teacher: str  # domain of the teacher that scored it
+    teacher_logprobs: np.ndarray  # [R] float32, temperature 1
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A rollout that leaves the run before training, and why. Counted, never replaced by a number."""
+
+    prompt_id: str
+    domain: str
+    stage: Literal["generate", "score"]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainSample:
+    """One sequence to train on. Filled by ``recipe.advantage``."""
+
+    token_ids: np.ndarray  # [P + R] int64
+    prompt_length: int  # P
+    advantages: np.ndarray  # [R] float32, teacher log-prob minus student log-prob
+    behaviour_logprobs: np.ndarray  # [R] float32, under the policy that sampled
+    weights: np.ndarray  # [R] float32, share of the token in the loss before the denominator; 0 = masked
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """What one data-parallel rank trains on in one step. Filled by ``recipe.pack``.
+
+    Loss of the step = sum over all ranks and tokens of ``weights * token loss``, divided by ``denominator``,
+    which is the same number on every rank: the result does not depend on how samples are split.
+    """
+
+    version: int  # weight version that the samples were drawn with = index of the step
+    denominator: float  # sum of the loss normaliser over the whole global batch
+    tokens: np.ndarray  # [N] int64, rows one after the other
+    labels: np.ndarray  # [N] int64, the next token of the same sequence; 0 at a sequence's last position
+    advantages: np.ndarray  # [N] float32, at the position that predicts the token
+    behaviour_logprobs: np.ndarray  # [N] float32
+    weights: np.ndarray  # [N] float32
+    row_offsets: np.ndarray  # [M + 1] int64: row m is tokens[row_offsets[m]:row_offsets[m + 1]], one micro-batch
+    sequence_offsets: np.ndarray  # [S + 1] int64: a sequence never crosses a row

@@ -1,0 +1,46 @@
+"""The only place that reads or sets environment variables."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+TOKEN = "OPD_TOKEN"  # bearer token of the coordinator; made anew for each run, never written to a file
+
+
+def new_token() -> str:
+    """A fresh bearer token."""
+    return secrets.token_urlsafe(32)
+
+
+def token() -> str:
+    """The bearer token that this process was started with."""
+    return os.environ[TOKEN]
+
+
+def rank() -> int:
+    """Global rank that torchrun gave to this process."""
+    return int(os.environ["RANK"])
+
+
+def child_environment(**values: str) -> dict[str, str]:
+    """This process's environment plus what every child of a run needs, plus ``values``."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(part for part in (package_parent, os.environ.get("PYTHONPATH")) if part)
+    common = {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+    return os.environ | common | values
+
+
+def engine_environment(**values: str) -> dict[str, str]:
+    """Environment of a server in the engine's own Python: without this environment's import path or our token."""
+    inherited = {key: value for key, value in child_environment().items() if key not in ("PYTHONPATH", TOKEN)}
+    return inherited | values

@@ -1,0 +1,31 @@
+"""What the trainer tells the coordinator: plain JSON, checked on arrival."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class TrainerInfo(BaseModel):
+    """How the student was built."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor_parallel: int
+    data_parallel: int
+    backend: str  # "torch" or "transformer_engine"
+    backend_reason: str
+    dtype: str
+    device: str
+
+
+class RefreshReport(BaseModel):
+    """Weights of ``version`` are live in the rollout engine, and how the step that made them went."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int  # number of optimizer steps behind the weights
+    refresh_s: float
+    refresh_bytes: int
+    probe_difference: float  # largest |log-prob difference| of engine and trainer on the probe sequence
+    info: TrainerInfo | None = None  # with version 0 only
+    training: dict[str, float] = {}  # metrics of the optimizer step; empty with version 0

@@ -1,0 +1,89 @@
+"""Child processes: started with a log file of their own, and never left running."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent is gone, however it went (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of grandchildren whose own parent dies, so that ``stop_all`` still finds them (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A started process."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; negative: ended by that signal."""
+        return self.process.poll()
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of its log, for an error message."""
+        with self.log.open(errors="replace") as file:
+            return "".join(deque(file, maxlen=count)).rstrip() or "(its log is empty)"
+
+
+def start(name: str, argv: list[str], environment: dict[str, str], log: Path) -> Child:
+    """Start ``argv`` in a session of its own, output to ``log``; a terminal's Ctrl-C reaches only the supervisor."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    return Child(name, process, log)
+
+
+def stop_all(grace_s: float = 5.0) -> None:
+    """End every descendant of this process: SIGTERM, and SIGKILL after ``grace_s`` seconds for what is left.
+
+    Loops until no descendant exists, because a dying process may still start another.
+    """
+    deadline = time.monotonic() + grace_s
+    asked: set[int] = set()
+    while living := _descendants():
+        late = time.monotonic() > deadline
+        for process in living:
+            if late or process.pid not in asked:
+                asked.add(process.pid)
+                _send(process, signal.SIGKILL if late else signal.SIGTERM)
+        psutil.wait_procs(living, timeout=0.2)
+
+
+def _descendants() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if _alive(child)]
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return  # it ended by itself meanwhile, which is what was wanted

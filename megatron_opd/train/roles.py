@@ -1,0 +1,77 @@
+"""The processes of a run on one machine: who listens where, and the command line of each."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_opd.config import Config, ServerConfig
+from megatron_opd.engines.command import server_argv, server_environment
+from megatron_opd.runtime.env import TOKEN, child_environment
+from megatron_opd.runtime.ports import free_port, take_port
+from megatron_opd.runtime.rundir import Endpoints, RunDirectory
+
+
+@dataclass(frozen=True)
+class Role:
+    """One process to start."""
+
+    name: str  # also the name of its log
+    argv: list[str]
+    environment: dict[str, str]
+    ready_url: str | None  # answers 200 when it is ready; None when there is nothing to ask
+
+
+def assign_endpoints(config: Config) -> Endpoints:
+    """Fix every address. Raises ConfigError when a port that was asked for is in use."""
+    host = config.coordinator.host
+    return Endpoints(
+        coordinator=f"http://{host}:{take_port(config.coordinator.port, 'coordinator.port', host)}",
+        rollout=_server_url(config.rollout.server, "rollout.server.port"),
+        teachers={
+            domain: _server_url(teacher.server, f"teachers.{domain}.server.port")
+            for domain, teacher in config.teachers.items()
+        },
+        weights_host="127.0.0.1",
+        weights_port=free_port(),
+    )
+
+
+def _server_url(server: ServerConfig, key: str) -> str:
+    return server.url or f"http://127.0.0.1:{take_port(server.port, key)}"
+
+
+def server_roles(config: Config, endpoints: Endpoints) -> list[Role]:
+    """The servers that this run starts: the rollout engine and the teachers that are not attached by URL."""
+    wanted = [("rollout", config.rollout.server, config.student.model, endpoints.rollout)]
+    wanted += [
+        (f"teacher-{domain}", teacher.server, teacher.model, endpoints.teachers[domain])
+        for domain, teacher in config.teachers.items()
+    ]
+    return [_server_role(config, name, server, model, url) for name, server, model, url in wanted if server.url is None]
+
+
+def _server_role(config: Config, name: str, server: ServerConfig, model: Path, url: str) -> Role:
+    argv = server_argv(config.engine, server, model, url)
+    return Role(name, argv, server_environment(config.engine, server), f"{url}/ready")
+
+
+def own_roles(run: RunDirectory, endpoints: Endpoints, token: str) -> list[Role]:
+    """The coordinator and the student."""
+    environment = child_environment(**{TOKEN: token})
+    python = [sys.executable, "-m"]
+    return [
+        Role(
+            "coordinator",
+            [*python, "megatron_opd.coordinator", str(run.path)],
+            environment,
+            f"{endpoints.coordinator}/health",
+        ),
+        Role(
+            "student",
+            [*python, "megatron_opd.student", str(run.path), str(free_port())],
+            environment | {"OMP_NUM_THREADS": "1"},
+            None,
+        ),
+    ]

@@ -1,0 +1,82 @@
+"""Processes are never left running, however a run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_opd.errors import ConfigError
+from megatron_opd.runtime.ports import free_port, take_port
+from megatron_opd.runtime.process import start
+
+# A supervisor that starts a child, which starts a grandchild; both ignore SIGTERM when told to.
+SUPERVISOR = """
+    import os, signal, subprocess, sys, time
+    from pathlib import Path
+    from megatron_opd.runtime.process import adopt_orphans, start, stop_all
+    adopt_orphans()
+    child = "import signal, subprocess, sys, time\\n"
+    child += "signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n" if {stubborn} else ""
+    child += "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\\n"
+    child += "print(p.pid, flush=True)\\n"
+    child += "sys.exit() if {orphan} else time.sleep(600)\\n"
+    log = Path({log!r})
+    started = start("child", [sys.executable, "-c", child], dict(os.environ), log)
+    while not log.read_text().endswith("\\n"):
+        time.sleep(0.02)
+    began = time.monotonic()
+    stop_all(grace_s=0.5)
+    print(started.process.pid, log.read_text().split()[0], time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize(("stubborn", "orphan"), [(False, False), (True, False), (False, True)])
+def test_stop_all_ends_children_grandchildren_and_orphans(tmp_path: Path, stubborn: bool, orphan: bool) -> None:
+    code = textwrap.dedent(SUPERVISOR).format(stubborn=stubborn, orphan=orphan, log=str(tmp_path / "log"))
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    child, grandchild, seconds = output.split()
+    assert not psutil.pid_exists(int(child)) and not psutil.pid_exists(int(grandchild))
+    assert float(seconds) < 5
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    child = "from megatron_opd.runtime.process import die_with_parent\ndie_with_parent()\n"
+    child += "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_last_lines_of_a_log_are_kept_for_the_error(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", "print('\\n'.join(map(str, range(100)))); raise SystemExit(3)"]
+    child = start("child", argv, dict(os.environ), tmp_path / "log")
+    child.process.wait()
+    assert child.returncode == 3 and child.last_lines(2) == "98\n99"
+
+
+def test_a_port_in_use_is_an_error_that_names_the_key() -> None:
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            take_port(port, "coordinator.port")
+    assert "coordinator.port" in str(caught.value) and str(port) in str(caught.value)
+    free = free_port()
+    assert take_port(0, "x") > 0 and take_port(free, "x") == free

@@ -1,0 +1,148 @@
+"""What the student is tested on: tiny random models, samples, and a plain single-process reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from megatron_opd.config import Config, parse_config
+from megatron_opd.records import PackedBatch
+
+VOCAB = 515  # odd: two tensor-parallel ranks need a padded column
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+OPTIMIZER = {"lr": 1e-2, "clip_grad": 0.0, "weight_decay": 0.1, "adam_eps": 1e-3}
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 5000.0,
+}
+MODELS = {
+    "untied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
+    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    # Last: once mbridge met a tied Qwen, it takes every later Qwen of the process for tied.
+    "tied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of L tokens; entry t of the arrays belongs to position t, which predicts token t + 1."""
+
+    tokens: np.ndarray  # [L]
+    advantages: np.ndarray  # [L]
+    behaviour: np.ndarray  # [L]
+    weights: np.ndarray  # [L]
+
+
+def make_model(folder: Path, kind: str) -> None:
+    """Save a random model whose norms and biases are not the identity, so that a lost one shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[kind](), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_()
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def make_config(folder: Path, steps: int = 10, **student: Any) -> Config:
+    plain = {
+        "name": "test",
+        "steps": steps,
+        "student": {"model": str(folder), "device": "cpu", **student},
+        "optimizer": OPTIMIZER,
+        "teachers": {"math": {"model": "teacher"}},
+        "data": {"train": "train.jsonl"},
+    }
+    return parse_config(plain, where="test")
+
+
+def make_samples(model: torch.nn.Module) -> list[Sample]:
+    """Five samples of different lengths whose ratios fall below, between and above the clip bounds."""
+    generator = np.random.default_rng(1)
+    samples = []
+    for length in (7, 12, 5, 9, 16):
+        tokens = generator.integers(0, VOCAB, length)
+        tokens[-2] = VOCAB - 1  # the last real column, beside the padding
+        change = generator.uniform(-0.5, 0.5, length)
+        with torch.no_grad():
+            current = next_logprobs(model, tokens).numpy()
+        weights = generator.uniform(0.1, 1.0, length)
+        weights[: length // 3] = 0.0  # the prompt
+        weights[-1] = 0.0
+        advantages = generator.normal(size=length)
+        samples.append(Sample(tokens, advantages, np.append(current, 0.0) - change, weights))
+    return samples
+
+
+def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> PackedBatch:
+    """One rank's batch: ``rows`` lists the samples of each row."""
+    order = [samples[index] for row in rows for index in row]
+
+    def join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate([*arrays, np.empty(0)]).astype(dtype)
+
+    return PackedBatch(
+        version=3,
+        denominator=denominator,
+        tokens=join([sample.tokens for sample in order], np.int64),
+        labels=join([np.append(sample.tokens[1:], 0) for sample in order], np.int64),
+        advantages=join([sample.advantages for sample in order], np.float32),
+        behaviour_logprobs=join([sample.behaviour for sample in order], np.float32),
+        weights=join([sample.weights for sample in order], np.float32),
+        row_offsets=np.cumsum([0, *(sum(len(samples[index].tokens) for index in row) for row in rows)]),
+        sequence_offsets=np.cumsum([0, *(len(sample.tokens) for sample in order)]),
+    )
+
+
+def denominator_of(samples: list[Sample]) -> float:
+    return float(sum(sample.weights.sum() for sample in samples))
+
+
+def next_logprobs(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
+    """[L] -> [L - 1]."""
+    ids = torch.from_numpy(tokens)
+    logits = model(ids[None]).logits[0, :-1]
+    return torch.log_softmax(logits.float(), -1).gather(1, ids[1:, None])[:, 0]
+
+
+def slow_token_loss(current: Any, behaviour: float, advantage: float) -> Any:
+    """The surrogate of one token, case by case; ``current`` is a number or a tensor with a gradient."""
+    ratio = math.e ** (current - behaviour)
+    if advantage >= 0:
+        return -advantage * (ratio if ratio < 1 + CLIP_HIGH else 1 + CLIP_HIGH)
+    return -advantage * (ratio if ratio > 1 - CLIP_LOW else 1 - CLIP_LOW)
+
+
+def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
+    """Loss, gradients and weights after one AdamW step, one sample and one token at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = torch.zeros(())
+    for sample in samples:
+        current = next_logprobs(model, sample.tokens)
+        for position, logprob in enumerate(current):
+            token_loss = slow_token_loss(logprob, sample.behaviour[position], sample.advantages[position])
+            loss = loss + sample.weights[position] * token_loss
+    loss = loss / denominator_of(samples)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=OPTIMIZER["lr"], betas=(0.9, 0.98), eps=OPTIMIZER["adam_eps"]).step()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    return {"loss": float(loss), "grad_norm": norm, "gradients": gradients, "weights": weights}
