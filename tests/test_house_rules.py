@@ -27,7 +27,7 @@ ALLOWED = {
     "config": {"errors"},
     "runtime": FOUNDATION,
     "recipe": FOUNDATION,
-    "data": FOUNDATION,
+    "data": FOUNDATION | {"runtime"},
     "verifiers": FOUNDATION | {"runtime"},
     "engines": FOUNDATION | {"runtime"},
     "teachers": FOUNDATION | {"runtime", "engines"},

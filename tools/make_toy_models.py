@@ -23,9 +23,9 @@ from toy.world import DOMAINS, problems
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 RECIPES = {
-    "student": Recipe(("math", "code"), careless=0.8, steps=2200, seed=1),
+    "student": Recipe(("math", "math", "code"), careless=0.85, steps=2600, seed=1),
     "math": Recipe(("math",), careless=0.01, steps=2800, seed=2),
-    "code": Recipe(("code",), careless=0.01, steps=1800, seed=3),
+    "code": Recipe(("code",), careless=0.01, steps=1400, seed=3),
 }
 TRAIN_ROWS, EVAL_ROWS, TOKENIZER_ROWS = 1500, 200, 3000
 DATA_SEED = 11

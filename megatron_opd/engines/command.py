@@ -39,7 +39,7 @@ def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: st
     """Command line of a server of ``model`` at ``url``. Token ids only: the server needs no tokenizer."""
     address = urlsplit(url)
     argv = [
-        *(str(engine.python.absolute()), str(LAUNCHER)),
+        *(str(engine.python.absolute()), "-P", str(LAUNCHER)),  # -P: modules beside the launcher must not shadow SGLang
         *("--model-path", str(model)),
         *("--host", address.hostname, "--port", str(address.port)),
         *("--dtype", engine.dtype),

@@ -48,6 +48,7 @@ class SGLangClient:
     def __init__(self, url: str, *, timeout_s: float, max_concurrency: int) -> None:
         self.url = url.rstrip("/")
         self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency)
+        self._release: tuple[int, ...] | None = None  # of SGLang, asked for once
 
     async def close(self) -> None:
         await self._session.close()
@@ -136,6 +137,9 @@ class SGLangClient:
             },
         )
 
+    async def leave_weight_group(self, name: str) -> None:
+        await self._control("/destroy_weights_update_group", {"group_name": name})
+
     async def begin_weight_update(self) -> None:
         if await self._has_brackets():
             await self._control("/begin_weight_update", {})
@@ -158,8 +162,10 @@ class SGLangClient:
             await self._control("/end_weight_update", {})
 
     async def _has_brackets(self) -> bool:
-        release = (await self.server_info())["version"].split("+")[0].split(".")[:3]
-        return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release) >= FIRST_WITH_BRACKETS
+        if self._release is None:
+            parts = (await self.server_info())["version"].split("+")[0].split(".")[:3]
+            self._release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
+        return self._release >= FIRST_WITH_BRACKETS
 
     # ------------------------------------------------------------------ wires
 

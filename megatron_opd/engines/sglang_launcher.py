@@ -1,6 +1,6 @@
 """Starts a real SGLang server. Runs by path in the engine's own environment, so it imports nothing of this package.
 
-    ENGINE_PYTHON sglang_launcher.py --model-path DIR --port N [any SGLang argument ...]
+    ENGINE_PYTHON -P sglang_launcher.py --model-path DIR --port N [any SGLang argument ...]
 
 With ``--device cpu`` it stands in for three things that SGLang 0.5.21 expects and a CPU-only environment lacks: the
 compiled ``sgl_kernel`` package (only its entry points are named; the pure torch paths do the work), Triton, and the

@@ -24,6 +24,21 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
+def local_rank() -> int:
+    """Rank on this machine that torchrun gave to this process."""
+    return int(os.environ["LOCAL_RANK"])
+
+
+def world_size() -> int:
+    """Ranks that torchrun started."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from telling that it has no torch, where only its tokenizers are used."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+
 def child_environment(**values: str) -> dict[str, str]:
     """This process's environment plus what every child of a run needs, plus ``values``."""
     package_parent = str(Path(__file__).resolve().parents[2])
@@ -33,6 +48,8 @@ def child_environment(**values: str) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # Megatron overlaps communication with matrix products in the order of launch: one hardware queue keeps it.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",

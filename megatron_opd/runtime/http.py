@@ -13,17 +13,18 @@ from megatron_opd.errors import EngineError
 
 Result = TypeVar("Result")
 
+# An idle connection is given up before the servers give it up (uvicorn: 5 s), or a request would meet a closed one.
+IDLE_S = 2.0
+
 
 class TransientError(EngineError):
     """A failure that another try may cure: no connection, a timeout, or a 5xx answer."""
 
 
-def new_session(
-    *, timeout_s: float, max_connections: int = 256, token: str | None = None, keep_alive: bool = True
-) -> aiohttp.ClientSession:
+def new_session(*, timeout_s: float, max_connections: int = 256, token: str | None = None) -> aiohttp.ClientSession:
     """A session for one server. ``timeout_s`` bounds one request; a connection must stand within 10 s."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=max_connections, force_close=not keep_alive),
+        connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=IDLE_S),
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10),
         headers={"Authorization": f"Bearer {token}"} if token else None,
         trust_env=False,
@@ -63,7 +64,7 @@ async def with_retries(attempts: int, call: Callable[[], Awaitable[Result]]) -> 
 async def wait_until_ready(url: str, timeout_s: float, still_wanted: Callable[[], bool]) -> bool:
     """Poll ``url`` until it answers 200; False at the deadline or as soon as ``still_wanted()`` is false."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    async with new_session(timeout_s=5, keep_alive=False) as session:
+    async with new_session(timeout_s=5) as session:
         while asyncio.get_running_loop().time() < deadline and still_wanted():
             try:
                 await fetch(session, "GET", url)

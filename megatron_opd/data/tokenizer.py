@@ -1,0 +1,98 @@
+"""Tokenizers of local model folders: loading one, and comparing a teacher's with the student's.
+
+Distillation compares log-probs token by token, so both models must give every id the same meaning.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_opd.errors import ModelError
+from megatron_opd.runtime import env
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Without any of these transformers builds an empty tokenizer and says nothing.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local checkpoint, with a chat template and an end token. Raises ModelError."""
+    _check_files(folder)
+    env.quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and its parsers raise anything for a broken folder
+        got = f"{type(error).__name__}: {error}"
+        raise ModelError("The tokenizer cannot be loaded", where=folder, got=got) from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "The tokenizer has no chat template",
+            where=folder,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            fix="take an instruction-tuned model, or add the template",
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "The tokenizer has no end token",
+            where=folder,
+            expected="eos_token in tokenizer_config.json",
+            fix="add the token that ends the assistant's turn",
+        )
+    return tokenizer
+
+
+def same_tokenizer(a_folder: Path, b_folder: Path) -> None:
+    """Raise ModelError that names the first difference between two tokenizers; return if there is none."""
+    a, b = load_tokenizer(a_folder), load_tokenizer(b_folder)
+    difference = _vocabulary_difference(a, b) or _end_difference(a, b)
+    if difference:
+        what, got_a, got_b = difference
+        raise ModelError(
+            f"The tokenizers differ: {what}",
+            where=f"{a_folder} and {b_folder}",
+            got=f"{got_b} in {b_folder}",
+            expected=f"{got_a} as in {a_folder}",
+            fix="take models of the same family, or copy the tokenizer files if the vocabularies are the same",
+        )
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError("No such model folder", where=folder.absolute(), fix="give a Hugging Face checkpoint folder")
+    present = sorted(path.name for path in folder.iterdir())
+    listing = ", ".join(present[:12]) or "an empty folder"
+    if "config.json" not in present:
+        raise ModelError("The model folder has no config.json", where=folder, got=listing, expected="config.json")
+    if not any(name in present for name in VOCABULARY_FILES):
+        expected = f"one of {', '.join(VOCABULARY_FILES)}"
+        raise ModelError("The model folder has no tokenizer", where=folder, got=listing, expected=expected)
+
+
+def _vocabulary_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+    """The token with the lowest id that the two do not share."""
+    ids_a, ids_b = a.get_vocab(), b.get_vocab()
+    different = [token for token in ids_a.keys() | ids_b.keys() if ids_a.get(token) != ids_b.get(token)]
+    if not different:
+        return None
+
+    def lowest_id(token: str) -> tuple[int, str]:
+        return min(ids[token] for ids in (ids_a, ids_b) if token in ids), token
+
+    def show(ids: dict[str, int]) -> str:
+        return f"id {ids[token]}" if token in ids else "no such token"
+
+    token = min(different, key=lowest_id)
+    more = f" ({len(different)} tokens differ)" if len(different) > 1 else ""
+    return f"token {token!r}{more}", show(ids_a), show(ids_b)
+
+
+def _end_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+    """A teacher that ends its turn with another token would teach the student never to end its own."""
+    if a.eos_token == b.eos_token:
+        return None
+    return "end token (eos_token)", repr(a.eos_token), repr(b.eos_token)

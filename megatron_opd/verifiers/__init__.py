@@ -1,0 +1,18 @@
+"""Verifiers: from a response and its reference to correct, incorrect or unknown.
+
+To add one: write a class with ``verify`` as in ``base.Verifier``, import heavy libraries in its ``__init__``
+(that is when a worker starts), and name it here and in ``config.VerifierConfig.kinds``.
+"""
+
+from megatron_opd.verifiers.base import Verdict, Verifier
+from megatron_opd.verifiers.code import CodeVerifier
+from megatron_opd.verifiers.math import MathVerifier
+from megatron_opd.verifiers.none import NoVerifier
+
+VERIFIERS: dict[str, type[Verifier]] = {
+    "math": MathVerifier,
+    "code": CodeVerifier,
+    "none": NoVerifier,
+}
+
+__all__ = ["VERIFIERS", "Verdict", "Verifier"]

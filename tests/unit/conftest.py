@@ -1,0 +1,62 @@
+"""A tokenizer small enough to build in a test, and the real data where it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{%- endif %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., object]:
+    """Builds a tokenizer of the 256 bytes and three special tokens, in this order of ids: special, bytes, extra."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def build(extra: tuple[str, ...] = (), end: str = "<|im_end|>", template: str | None = CHAT_TEMPLATE):
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *extra]
+        model = models.BPE(vocab={token: number for number, token in enumerate(vocabulary)}, merges=[])
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(special)
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token="<|endoftext|>")
+        fast.chat_template = template
+        return fast
+
+    return build
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, byte_tokenizer: Callable[..., object]) -> Callable[..., Path]:
+    """Writes a checkpoint folder that has a config and a tokenizer, but no weights."""
+
+    def write(name: str, **options) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 259}))
+        byte_tokenizer(**options).save_pretrained(str(folder))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """The real test set of GSM8K."""
+    path = REAL_DATA / "gsm8k" / "test.jsonl"
+    if not path.is_file():
+        pytest.skip("the folder shared/data with GSM8K is not beside this repository")
+    return path
