@@ -35,7 +35,7 @@ def check_engine_python(engine: EngineConfig) -> None:
         )
 
 
-def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: str) -> list[str]:
+def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: str, seed: int) -> list[str]:
     """Command line of a server of ``model`` at ``url``. Token ids only: the server needs no tokenizer."""
     address = urlsplit(url)
     argv = [
@@ -44,6 +44,7 @@ def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: st
         *("--host", address.hostname, "--port", str(address.port)),
         *("--dtype", engine.dtype),
         *("--tp-size", str(server.tensor_parallel)),
+        *("--random-seed", str(seed)),
         "--skip-tokenizer-init",
         "--enable-metrics",
         *("--grammar-backend", "none"),

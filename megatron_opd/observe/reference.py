@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -21,7 +22,7 @@ def _rows(section: type[BaseModel], prefix: str) -> list[str]:
     for name, field in section.model_fields.items():
         key, inner = prefix + name, _section_of(field.annotation)
         if inner is None:
-            rows.append(f"{key}: {_type_name(field)} = {_default(field)}\n    {field.description}")
+            rows.append(f"{key}: {_type_name(field.annotation)} = {_default(field)}\n    {field.description}")
         else:
             rows += _rows(inner, f"{key}.<name>." if get_origin(field.annotation) is dict else f"{key}.")
     return rows
@@ -33,9 +34,18 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _type_name(field: FieldInfo) -> str:
-    annotation = field.annotation
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+def _type_name(annotation: Any) -> str:
+    """A short name: int, "a" | "b", float | null."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is dict:
+        return "mapping of " + " to ".join(map(_type_name, arguments))
+    return "null" if annotation is NoneType else annotation.__name__.lower()
 
 
 def _default(field: FieldInfo) -> str:

@@ -53,7 +53,7 @@ def server_roles(config: Config, endpoints: Endpoints) -> list[Role]:
 
 
 def _server_role(config: Config, name: str, server: ServerConfig, model: Path, url: str) -> Role:
-    argv = server_argv(config.engine, server, model, url)
+    argv = server_argv(config.engine, server, model, url, config.seed)
     return Role(name, argv, server_environment(config.engine, server), f"{url}/ready")
 
 

@@ -65,7 +65,7 @@ def test_a_refresh_that_cannot_be_proven_stops_the_run(servers: Servers, run_tra
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K test file is not beside the checkout")
 def test_own_data_with_a_column_map(servers: Servers, run_train) -> None:
-    columns = ["data.columns.prompt=question", "data.columns.id=null", "data.columns.domain=null"]
+    columns = ["data.columns.prompt=question", "data.columns.domain=null"]
     run = run_train(
         "gsm8k",
         *(*servers.attach(), *SMALL, "steps=2", f"data.train={GSM8K}", *columns, "data.default_domain=math"),
@@ -91,7 +91,7 @@ def test_own_data_in_parquet_with_chat_messages(servers: Servers, run_train, tmp
     run = run_train(
         "parquet",
         *(*servers.attach(), *SMALL, "steps=1", f"data.train={tmp_path / 'own.parquet'}", *columns),
-        *("data.columns.id=null", "data.eval=null"),
+        "data.eval=null",
     )
     assert finish(run) == 0, run.text()
     assert run.metrics()[0]["rollout/length"] > 0
