@@ -201,6 +201,10 @@ class RefreshConfig(Section):
 
     mode: Literal["broadcast"] = "broadcast"
     """Way of transport: a process group that spans trainer and engine."""
+    host: str = "127.0.0.1"
+    """Address of the trainer's first rank, as the rollout engine reaches it."""
+    port: Port = 0
+    """Port at which the two meet; 0 takes a free one."""
     bucket_mb: PositiveInt = 256
     """Most megabytes of weights in one broadcast."""
     probe_tolerance: PositiveFloat = 1e-4

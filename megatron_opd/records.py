@@ -79,7 +79,7 @@ class Dropped:
 
     prompt_id: str
     domain: str
-    stage: Literal["generate", "score"]
+    stage: Literal["score"]  # the part of the run that gave it up
     reason: str
 
 

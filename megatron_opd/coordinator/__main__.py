@@ -25,6 +25,7 @@ from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.observe.recorder import Recorder, tell_failures
 from megatron_opd.runtime.env import token
+from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.teachers.pool import Teacher, TeacherPool
@@ -52,6 +53,7 @@ async def coordinate(run: RunDirectory) -> None:
             board=board,
             recorder=recorder,
         )
+        await _servers_ready([endpoints.rollout, *endpoints.teachers.values()], config.engine.start_timeout_s)
         await loop.run()
         info = await engine.client.server_info()
         result = summary(config, loop.evaluations, loop.totals, board.reports, info, time.time() - began)
@@ -65,6 +67,10 @@ async def _serve(stack: AsyncExitStack, board: BatchBoard, url: str) -> None:
     stack.push_async_callback(runner.cleanup)
     address = urlsplit(url)
     await web.TCPSite(runner, address.hostname, address.port, shutdown_timeout=2).start()
+
+
+async def _servers_ready(urls: list[str], timeout_s: float) -> None:
+    await asyncio.gather(*(wait_until_ready(f"{url}/ready", timeout_s) for url in urls))
 
 
 async def _client(stack: AsyncExitStack, url: str, config: Config) -> SGLangClient:

@@ -61,14 +61,16 @@ async def with_retries(attempts: int, call: Callable[[], Awaitable[Result]]) -> 
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-async def wait_until_ready(url: str, timeout_s: float, still_wanted: Callable[[], bool]) -> bool:
-    """Poll ``url`` until it answers 200; False at the deadline or as soon as ``still_wanted()`` is false."""
+async def wait_until_ready(url: str, timeout_s: float) -> None:
+    """Poll ``url`` until it answers 200. Raises EngineError, with the last answer, after ``timeout_s``."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     async with new_session(timeout_s=5) as session:
-        while asyncio.get_running_loop().time() < deadline and still_wanted():
+        while True:
             try:
                 await fetch(session, "GET", url)
-                return True
-            except EngineError:
-                await asyncio.sleep(0.3)
-    return False
+                return
+            except EngineError as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    what = f"A server did not become ready in {timeout_s:g} s"
+                    raise EngineError(what, where=url, got=error.got, expected="200") from error
+            await asyncio.sleep(0.3)

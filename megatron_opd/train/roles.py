@@ -33,8 +33,8 @@ def assign_endpoints(config: Config) -> Endpoints:
             domain: _server_url(teacher.server, f"teachers.{domain}.server.port")
             for domain, teacher in config.teachers.items()
         },
-        weights_host="127.0.0.1",
-        weights_port=free_port(),
+        weights_host=config.refresh.host,
+        weights_port=take_port(config.refresh.port, "refresh.port", config.refresh.host),
     )
 
 

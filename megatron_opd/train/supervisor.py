@@ -69,7 +69,7 @@ def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: Ru
             if failed:
                 raise _death(failed, run)
             working -= finished
-            for name in [name for name, url in starting.items() if name in finished or _answers(url)]:
+            for name in [name for name, url in starting.items() if name in finished or answers(url)]:
                 del starting[name]
                 console.ready(name, time.monotonic() - began)
             if starting and time.monotonic() - began > config.engine.start_timeout_s:
@@ -78,7 +78,8 @@ def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: Ru
         console.show(events)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a GET of ``url`` gives 200 right now."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=2)
     try:

@@ -8,7 +8,8 @@ import time
 
 import psutil
 import pytest
-from conftest import GONE_LIMIT_S, Servers, assert_all_gone
+
+from runs import GONE_LIMIT_S, Servers, assert_all_gone
 
 SMALL = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "data.eval=null", "steps=1000"]
 

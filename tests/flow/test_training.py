@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Servers, finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import ROOT, Servers, finish
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 SMALL = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "evaluation.limit=24"]

@@ -89,7 +89,7 @@ def make_samples(model: torch.nn.Module) -> list[Sample]:
 
 
 def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> PackedBatch:
-    """One rank's batch: ``rows`` lists the samples of each row."""
+    """One rank's batch: ``rows`` lists the samples of each row. What weighs nothing is not a number."""
     order = [samples[index] for row in rows for index in row]
 
     def join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -100,8 +100,8 @@ def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> Pa
         denominator=denominator,
         tokens=join([sample.tokens for sample in order], np.int64),
         labels=join([np.append(sample.tokens[1:], 0) for sample in order], np.int64),
-        advantages=join([sample.advantages for sample in order], np.float32),
-        behaviour_logprobs=join([sample.behaviour for sample in order], np.float32),
+        advantages=join([np.where(sample.weights, sample.advantages, np.nan) for sample in order], np.float32),
+        behaviour_logprobs=join([np.where(sample.weights, sample.behaviour, -np.inf) for sample in order], np.float32),
         weights=join([sample.weights for sample in order], np.float32),
         row_offsets=np.cumsum([0, *(sum(len(samples[index].tokens) for index in row) for row in rows)]),
         sequence_offsets=np.cumsum([0, *(len(sample.tokens) for sample in order)]),
@@ -145,4 +145,4 @@ def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
     torch.optim.AdamW(groups, lr=OPTIMIZER["lr"], betas=(0.9, 0.98), eps=OPTIMIZER["adam_eps"]).step()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-    return {"loss": float(loss), "grad_norm": norm, "gradients": gradients, "weights": weights}
+    return {"loss": loss.item(), "grad_norm": norm, "gradients": gradients, "weights": weights}

@@ -19,9 +19,9 @@ from megatron.core import parallel_state
 from student_case import MODELS, Sample, denominator_of, make_config, pack
 
 from megatron_opd.config import LossConfig
-from megatron_opd.student import step
+from megatron_opd.errors import ConfigError
+from megatron_opd.student import export, step
 from megatron_opd.student.build import Student, build_student, init_distributed
-from megatron_opd.student.export import export_hf, hf_weights
 from megatron_opd.student.logprob import vocab_parallel_logprob
 
 
@@ -29,6 +29,7 @@ def main() -> None:
     work, layout, sizes = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     init_distributed(make_config(work, **sizes).student, seed=0, timeout_s=60)
     result: dict[str, Any] = {"logprob": logprob_differences()}
+    result["demand"] = demanded_backend(work, sizes)
     result["half"] = half_precision(work, layout, sizes)
     for kind in MODELS:
         result[kind] = run_model(work, layout, kind, sizes)
@@ -47,13 +48,23 @@ def run_model(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict
         "alone": [step.sequence_logprobs(student, sample.tokens) for sample in samples],
         "packed": packed_logprobs(student, samples),
     }
-    export_hf(student, work / kind, work / f"{kind}-{layout}")
+    export._SHARD_BYTES = 30_000 if kind == "llama" else 10_000_000
+    export.export_hf(student, work / kind, work / f"{kind}-{layout}")
     if kind not in ("tied", "untied"):
         return result
-    result["harmless"] = harmless(student, samples)
+    result["refused"] = refused(student, samples)
     for split, rows in splits(samples).items():
         result[split] = one_step(build_student(config), samples, rows)
     return result
+
+
+def demanded_backend(work: Path, sizes: dict[str, Any]) -> str:
+    """What is said to someone who demands Transformer Engine on a CPU."""
+    try:
+        build_student(make_config(work / "untied", backend="transformer_engine", **sizes))
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def half_precision(work: Path, layout: str, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def half_precision(work: Path, layout: str, sizes: dict[str, Any]) -> dict[str, 
     student = build_student(make_config(work / "untied", dtype="bfloat16", **sizes))
     assert student.bridge.config.sequence_parallel == sizes.get("sequence_parallel", False)
     found = one_step(student, samples, splits(samples)["row_each"])["metrics"]
-    export_hf(student, work / "untied", work / f"half-{layout}")
+    export.export_hf(student, work / "untied", work / f"half-{layout}")
     return found
 
 
@@ -80,14 +91,20 @@ def splits(samples: list[Sample]) -> dict[str, list[list[int]]]:
 def one_step(student: Student, samples: list[Sample], rows: list[list[int]]) -> dict[str, Any]:
     metrics = step.train_step(student, pack(samples, rows, denominator_of(samples)), LossConfig())
     weights = exported(student)
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, metrics)
-    assert all(other == metrics for other in everywhere), everywhere
+    for other_metrics, other_weights in everywhere((metrics, weights)):
+        assert other_metrics == metrics
+        assert all(torch.equal(other_weights[name], weights[name]) for name in weights)
     return {"metrics": dataclasses.asdict(metrics), "weights": weights, "gradients": gradients(student)}
 
 
+def everywhere(item: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, item)
+    return found
+
+
 def exported(student: Student) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in hf_weights(student)}
+    return {name: tensor.clone() for name, tensor in export.hf_weights(student)}
 
 
 def gradients(student: Student) -> dict[str, torch.Tensor]:
@@ -117,19 +134,20 @@ def packed_logprobs(student: Student, samples: list[Sample]) -> list[np.ndarray]
     return found
 
 
-def harmless(student: Student, samples: list[Sample]) -> dict[str, Any]:
-    """A step whose loss is not finite must fail on every rank and change nothing."""
+def refused(student: Student, samples: list[Sample]) -> dict[str, Any]:
+    """Steps that are not finite must fail on every rank and change nothing; masked positions are never read."""
     before = exported(student)
-    spoilt = dataclasses.replace(samples[0], advantages=np.full_like(samples[0].advantages, np.nan))
-    # Rank 0's tokens only: a rank with healthy tokens must fail as well.
+    # Rank 0 alone holds the bad sample: a rank with healthy ones must fail as well.
     rows = [[0]] if parallel_state.get_data_parallel_rank() == 0 else [[1]]
-    message = ""
-    try:
-        step.train_step(student, pack([spoilt, samples[1]], rows, 1.0), LossConfig())
-    except step.NonFiniteError as error:
-        message = str(error)
+    messages = {}
+    for name, advantage in {"loss": np.nan, "gradient": 1e30}.items():
+        spoilt = dataclasses.replace(samples[0], advantages=np.full_like(samples[0].advantages, advantage))
+        try:
+            step.train_step(student, pack([spoilt, samples[1]], rows, 1.0), LossConfig())
+        except step.NonFiniteError as error:
+            messages[name] = str(error)
     after = exported(student)
-    return {"message": message, "unchanged": all(torch.equal(before[name], after[name]) for name in before)}
+    return {"messages": messages, "unchanged": all(torch.equal(before[name], after[name]) for name in before)}
 
 
 def logprob_differences() -> dict[str, float]:

@@ -1,0 +1,229 @@
+"""From a Hugging Face folder and a config to a student that can be trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from mbridge import AutoBridge
+from mbridge.core import Bridge
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_opd.config import Config, StudentConfig
+from megatron_opd.errors import ConfigError
+from megatron_opd.runtime import env
+from megatron_opd.student import cpu_runtime
+from megatron_opd.student.sizes import check_sizes, check_world_size, read_hf_config
+from megatron_opd.student.torch_backend import decoder_spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+BackendName = Literal["torch", "transformer_engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """One rank's part of the model that learns."""
+
+    bridge: Bridge  # converts names and weights between Hugging Face and Megatron; knows vocab_size and dtype
+    model: list[DistributedDataParallel]  # one chunk for each pipeline stage of this rank
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    backend: BackendName
+    reason: str  # why this backend, one clause for a person
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model[0].parameters()).device
+
+
+def init_distributed(student: StudentConfig, seed: int, timeout_s: float = 1800.0) -> None:
+    """Join the process group that torchrun describes in the environment, and Megatron's groups within it.
+
+    ``seed``: of random numbers that Megatron draws; ``timeout_s``: longest wait in one collective. On a CPU this also
+    installs ``cpu_runtime``, so call it from the thread that trains. Raises ConfigError when the number of ranks or
+    the device does not fit the config.
+    """
+    check_world_size(student, env.world_size())
+    torch.set_num_threads(student.threads_per_rank)
+    if _device_type(student) == "cuda":
+        torch.cuda.set_device(env.local_rank())
+        backend = "nccl"
+    else:
+        cpu_runtime.install()
+        backend = "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=student.tensor_parallel, distributed_timeout_minutes=timeout.total_seconds() / 60
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def build_student(config: Config) -> Student:
+    """Build, load and wrap this rank's part of the student. ``init_distributed`` comes first.
+
+    Raises ModelError or ConfigError, before anything is built, for a model or sizes that do not fit.
+    """
+    check_sizes(config, read_hf_config(config.student.model))
+    backend, reason = _choose_backend(config.student)
+    bridge = _build_bridge(config.student, backend)
+    model = _build_model(bridge, backend)
+    bridge.load_weights([model], str(config.student.model))
+    sharded = config.student.data_parallel > 1
+    wrapped = DistributedDataParallel(
+        bridge.config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded),
+        model,
+    )
+    optimizer, scheduler = _build_optimizer(config, wrapped, sharded)
+    return Student(bridge, [wrapped], optimizer, scheduler, backend, reason)
+
+
+def _device_type(student: StudentConfig) -> Literal["cpu", "cuda"]:
+    available = torch.cuda.is_available()
+    if student.device == "cuda" and not available:
+        raise ConfigError(
+            "No GPU is available to torch", where="student.device", got="cuda", fix="set student.device to auto or cpu"
+        )
+    if student.device == "auto":
+        return "cuda" if available else "cpu"
+    return student.device
+
+
+def _choose_backend(student: StudentConfig) -> tuple[BackendName, str]:
+    """Which layers, and why. Raises ConfigError when Transformer Engine is demanded and cannot be used."""
+    if student.backend == "torch":
+        return "torch", "student.backend asks for it"
+    if _device_type(student) == "cpu":
+        obstacle = "Transformer Engine needs a GPU"
+    elif not HAVE_TE:
+        obstacle = "Transformer Engine is not installed"
+    else:
+        return "transformer_engine", "a GPU and Transformer Engine are available"
+    if student.backend == "transformer_engine":
+        raise ConfigError(
+            "The demanded layers cannot be used",
+            where="student.backend",
+            got=f"transformer_engine, but {obstacle}",
+            fix="set student.backend to auto or torch",
+        )
+    return "torch", obstacle
+
+
+def _build_bridge(student: StudentConfig, backend: BackendName) -> Bridge:
+    bridge = AutoBridge.from_pretrained(
+        str(student.model), dtype=DTYPES[student.dtype], make_vocab_size_divisible_by=student.tensor_parallel
+    )
+    # mbridge sets these two only in its own model provider, and pads and cuts the vocabulary by them.
+    bridge.vocab_size = bridge.hf_config.vocab_size
+    bridge.padded_vocab_size = bridge.vocab_size + -bridge.vocab_size % student.tensor_parallel
+    bridge.set_extra_args(
+        sequence_parallel=student.sequence_parallel,
+        variable_seq_lengths=True,  # rows differ in length
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # The loss already holds the global denominator: gradients are summed over ranks and rows, never averaged.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_sum_gradients,
+        # Every weight is loaded.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        **_fusions(backend),
+    )
+    return bridge
+
+
+def _fusions(backend: BackendName) -> dict[str, bool]:
+    """Fused kernels: all that Transformer Engine brings, none that plain torch would have to compile."""
+    names = (
+        "apply_rope_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+    )
+    return dict.fromkeys(names, backend == "transformer_engine")
+
+
+def _build_model(bridge: Bridge, backend: BackendName) -> GPTModel:
+    hf_config = bridge.hf_config
+    if backend == "transformer_engine":
+        spec = get_gpt_decoder_block_spec(bridge.config, use_transformer_engine=True)
+    else:
+        spec = decoder_spec(bridge.config)
+    return GPTModel(
+        config=bridge.config,
+        transformer_layer_spec=spec,
+        vocab_size=bridge.padded_vocab_size,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=_rope_base(hf_config),
+    )
+
+
+def _rope_base(hf_config: Any) -> float:
+    """Base of the rotary angles: transformers 5 keeps it in rope_parameters, transformers 4 beside the sizes."""
+    parameters = getattr(hf_config, "rope_parameters", None)
+    return parameters["rope_theta"] if parameters else hf_config.rope_theta
+
+
+def _build_optimizer(
+    config: Config, model: DistributedDataParallel, sharded: bool
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    options = config.optimizer
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+        clip_grad=options.clip_grad,
+        bf16=config.student.dtype == "bfloat16",
+        params_dtype=DTYPES[config.student.dtype],
+        use_distributed_optimizer=sharded,
+    )
+    optimizer = get_megatron_optimizer(settings, [model])
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=config.steps,
+        lr_decay_style=options.schedule,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _sum_gradients(model: list[DistributedDataParallel], num_tokens: object, **options: Any) -> None:
+    """Megatron's reduction of gradients, without its division by ``num_tokens``."""
+    finalize_model_grads(model, None, **options)
+
+
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -1,0 +1,225 @@
+"""One optimizer step on packed rows, and log-probs of one sequence by the same forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_opd.config import LossConfig
+from megatron_opd.errors import OpdError
+from megatron_opd.recipe.policy_loss import policy_loss
+from megatron_opd.records import PackedBatch
+from megatron_opd.student.build import Student
+from megatron_opd.student.logprob import vocab_parallel_logprob
+
+# What Megatron's schedule takes back: the loss to differentiate, a token count that it divides by where it is asked
+# to (here never, see build._sum_gradients), and what it collects for the caller.
+LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class NonFiniteError(OpdError, ArithmeticError):
+    """The loss or the gradient is not a finite number; the weights were left as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one step did to the whole global batch; the same on every rank. See recipe.policy_loss for the means."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    learning_rate: float  # the one that this step used
+    advantage: float
+    abs_advantage: float
+    clipped_share: float
+    abs_logprob_change: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One micro-batch on the device: T tokens of S sequences, one after the other."""
+
+    tokens: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64, counted from 0 in each sequence
+    packing: PackedSeqParams
+    advantages: torch.Tensor  # [T] float32
+    behaviour_logprobs: torch.Tensor  # [T] float32
+    weights: torch.Tensor  # [T] float32
+
+
+def train_step(student: Student, batch: PackedBatch, loss: LossConfig) -> StepMetrics:
+    """One optimizer step on this rank's share of the global batch. Every rank calls it; shares may differ in rows.
+
+    Raises NonFiniteError on every rank, before the optimizer changes a weight, when the loss or the norm of the
+    gradient is not finite.
+    """
+    for chunk in student.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    score = partial(_loss_of_row, denominator=batch.denominator, loss=loss)
+    sums = _run(student, _batch_rows(student, batch), score, forward_only=False)
+    means = _reduce(sums, student.device)
+    _require_finite("loss", means["loss"], batch.version)
+
+    # optimizer.step does these two again; doing them here first is the only way to look before it steps.
+    student.optimizer.prepare_grads()
+    _require_finite("norm of the gradient", float(student.optimizer.get_grad_norm()), batch.version)
+    learning_rate = student.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = student.optimizer.step()
+    student.scheduler.step(1)
+    return StepMetrics(grad_norm=float(grad_norm), learning_rate=learning_rate, **means)
+
+
+def sequence_logprobs(student: Student, token_ids: np.ndarray) -> np.ndarray:
+    """Log-prob of each next token of one sequence, by the forward pass of training.
+
+    token_ids: [L] int64 with L >= 2; returns [L - 1] float32, entry t for token t + 1. All ranks call it with the same
+    tokens, and all get the answer.
+    """
+    length = len(token_ids)
+    labels = np.append(token_ids[1:], 0)
+    nothing = np.zeros(length, np.float32)
+    row = _make_row(student, token_ids, labels, nothing, nothing, nothing, np.array([0, length]))
+    for chunk in student.model:
+        chunk.eval()
+    with torch.no_grad():
+        (collected,) = _run(student, [row], _logprobs_of_row, forward_only=True)
+    return collected["logprobs"][: length - 1].cpu().numpy()
+
+
+def _run(
+    student: Student, rows: list[_Row], score: Callable[..., LossOutput], forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Megatron's schedule over ``rows``; what ``score`` collected, one entry for each row."""
+
+    def forward_step(iterator: Iterator[_Row], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        row = next(iterator)
+        logits = model(row.tokens[None], row.positions[None], None, packed_seq_params=row.packing)
+        return logits, partial(score, row, student.bridge.vocab_size)
+
+    schedule = get_forward_backward_func()
+    return schedule(
+        forward_step_func=forward_step,
+        data_iterator=iter(rows),
+        model=student.model,
+        num_microbatches=len(rows),
+        seq_length=len(rows[0].tokens),  # not read: rows differ in length
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _row_logprobs(row: _Row, vocab_size: int, logits: torch.Tensor) -> torch.Tensor:
+    """logits [1, T, V / tensor parallel] -> log-prob of each label [T]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    return vocab_parallel_logprob(logits.squeeze(0), row.labels, vocab_size, group)
+
+
+def _loss_of_row(
+    row: _Row, vocab_size: int, logits: torch.Tensor, *, denominator: float, loss: LossConfig
+) -> LossOutput:
+    value, metrics = policy_loss(
+        _row_logprobs(row, vocab_size, logits),
+        row.behaviour_logprobs,
+        row.advantages,
+        row.weights,
+        denominator,
+        loss.clip_low,
+        loss.clip_high,
+    )
+    return value, _no_count(logits), {"loss": value.detach(), **metrics}
+
+
+def _logprobs_of_row(row: _Row, vocab_size: int, logits: torch.Tensor) -> LossOutput:
+    logprobs = _row_logprobs(row, vocab_size, logits)
+    return logprobs.sum(), _no_count(logits), {"logprobs": logprobs}
+
+
+def _no_count(logits: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int, device=logits.device)
+
+
+def _batch_rows(student: Student, batch: PackedBatch) -> list[_Row]:
+    """The batch's rows; a rank without any gets one that weighs nothing, because all must join the reductions."""
+    rows = []
+    for start, end in zip(batch.row_offsets[:-1], batch.row_offsets[1:], strict=True):
+        inside = (batch.sequence_offsets >= start) & (batch.sequence_offsets <= end)
+        arrays = (batch.tokens, batch.labels, batch.advantages, batch.behaviour_logprobs, batch.weights)
+        bounds = batch.sequence_offsets[inside] - start
+        rows.append(_make_row(student, *(array[start:end] for array in arrays), bounds))
+    if not rows:
+        nothing = np.zeros(1)
+        rows.append(_make_row(student, nothing, nothing, nothing, nothing, nothing, np.array([0, 1])))
+    return rows
+
+
+def _make_row(
+    student: Student,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    advantages: np.ndarray,
+    behaviour_logprobs: np.ndarray,
+    weights: np.ndarray,
+    bounds: np.ndarray,
+) -> _Row:
+    """Move a row to the device, lengthened by a sequence of weight 0 to what the parallel layout can split.
+
+    bounds: [S + 1], where the sequences start and end, from 0 to the length of the row.
+    """
+    config = student.bridge.config
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    missing = -len(tokens) % multiple
+    if missing:
+        bounds = np.append(bounds, bounds[-1] + missing)
+    lengths = np.diff(bounds)
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    device = student.device
+
+    def move(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.pad(array, (0, missing))).to(device=device, dtype=dtype)
+
+    cumulative = torch.from_numpy(bounds).to(device=device, dtype=torch.int32)
+    longest = int(lengths.max())
+    return _Row(
+        tokens=move(tokens, torch.int64),
+        labels=move(labels, torch.int64),
+        positions=torch.from_numpy(positions).to(device=device),
+        packing=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cumulative,
+            cu_seqlens_kv=cumulative,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+        advantages=move(advantages, torch.float32),
+        behaviour_logprobs=move(behaviour_logprobs, torch.float32),
+        weights=move(weights, torch.float32),
+    )
+
+
+def _reduce(sums: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, float]:
+    """Sum over rows and data-parallel ranks. Tensor-parallel ranks hold equal numbers already."""
+    names = list(sums[0])
+    total = torch.tensor([[row[name] for name in names] for row in sums], dtype=torch.float64, device=device).sum(0)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _require_finite(name: str, value: float, version: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"The {name} is not finite; the weights were not changed",
+            where=f"training step {version}",
+            got=value,
+            fix="lower optimizer.lr or loss.max_gap, and look at the step's advantages and log-probs",
+        )

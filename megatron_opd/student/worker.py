@@ -1,0 +1,115 @@
+"""One rank of the student: the training loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_opd.config import Config
+from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.observe.recorder import Recorder, tell_failures
+from megatron_opd.runtime.env import rank
+from megatron_opd.runtime.http import wait_until_ready
+from megatron_opd.runtime.messages import RefreshReport, TrainerInfo
+from megatron_opd.runtime.process import die_with_parent
+from megatron_opd.runtime.rundir import Endpoints, RunDirectory
+from megatron_opd.student.build import Student, build_student, init_distributed
+from megatron_opd.student.coordinator_client import CoordinatorClient
+from megatron_opd.student.export import export_hf
+from megatron_opd.student.refresh import Refreshed, WeightRefresh
+from megatron_opd.student.step import StepMetrics, train_step
+
+METRIC_NAMES = {
+    "loss": "loss/policy",
+    "grad_norm": "loss/grad_norm",
+    "learning_rate": "loss/learning_rate",
+    "advantage": "opd/advantage",
+    "abs_advantage": "opd/abs_advantage",
+    "clipped_share": "opd/clipped",
+    "abs_logprob_change": "opd/engine_trainer_difference",  # strictly on-policy, both should be the same policy
+}
+
+
+async def train(run: RunDirectory) -> None:
+    """Train to the last step; the rollout engine has the weights of every step before the next one begins."""
+    config, endpoints = run.config(), run.endpoints()
+    init_distributed(config.student, config.seed)
+    student = build_student(config)
+    data_rank = parallel_state.get_data_parallel_rank()
+    async with AsyncExitStack() as stack:
+        coordinator = CoordinatorClient(endpoints.coordinator)
+        stack.push_async_callback(coordinator.close)
+        refresh = await _connect(stack, config, endpoints, student)
+        refreshed = await refresh.push(student, version=0)
+        await _report(coordinator, _report_of(refreshed, 0, info=_info(student, config)))
+        for step in range(config.steps):
+            waiting = time.monotonic()
+            batch = await coordinator.batch(step, data_rank)
+            training = time.monotonic()
+            metrics = train_step(student, batch, config.loss)
+            trained = time.monotonic()
+            refreshed = await refresh.push(student, version=step + 1)
+            times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
+            await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
+        await refresh.close()
+    export_hf(student, config.student.model, run.export)
+    dist.destroy_process_group()
+
+
+async def _connect(stack: AsyncExitStack, config: Config, endpoints: Endpoints, student: Student) -> WeightRefresh:
+    client = None
+    if rank() == 0:
+        await wait_until_ready(f"{endpoints.rollout}/ready", config.engine.start_timeout_s)
+        client = SGLangClient(endpoints.rollout, timeout_s=config.refresh.timeout_s, max_concurrency=4)
+        stack.push_async_callback(client.close)
+    return await WeightRefresh.connect(
+        config.refresh, client, endpoints.weights_host, endpoints.weights_port, student.bridge.vocab_size
+    )
+
+
+def named_metrics(metrics: StepMetrics) -> dict[str, float]:
+    """The step's numbers under the names of metrics.jsonl."""
+    return {METRIC_NAMES[name]: value for name, value in asdict(metrics).items()}
+
+
+async def _report(coordinator: CoordinatorClient, report: RefreshReport) -> None:
+    if rank() == 0:
+        await coordinator.refreshed(report)
+
+
+def _report_of(
+    refreshed: Refreshed, version: int, *, info: TrainerInfo | None = None, training: dict[str, float] | None = None
+) -> RefreshReport:
+    return RefreshReport(
+        version=version,
+        refresh_s=refreshed.seconds,
+        refresh_bytes=refreshed.bytes,
+        probe_difference=refreshed.probe_difference,
+        info=info,
+        training=training or {},
+    )
+
+
+def _info(student: Student, config: Config) -> TrainerInfo:
+    return TrainerInfo(
+        tensor_parallel=config.student.tensor_parallel,
+        data_parallel=config.student.data_parallel,
+        backend=student.backend,
+        backend_reason=student.reason,
+        dtype=config.student.dtype,
+        device=student.device.type,
+    )
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    run_directory = RunDirectory(Path(sys.argv[1]))
+    with tell_failures("student", Recorder(run_directory.events, run_directory.metrics)):
+        asyncio.run(train(run_directory))

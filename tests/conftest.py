@@ -1,0 +1,60 @@
+"""Real servers, started once for all tests that need them; each test's run attaches to them by URL."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_opd.config import load_config
+from megatron_opd.runtime.process import start
+from megatron_opd.train.roles import assign_endpoints, server_roles
+from megatron_opd.train.supervisor import answers
+
+from runs import COMMAND, ROOT, START_LIMIT_S, TOY, Run, Servers
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """The rollout engine and both teachers of conf/toy.yaml."""
+    os.chdir(ROOT)
+    config = load_config(TOY, [])
+    endpoints = assign_endpoints(config)
+    logs = tmp_path_factory.mktemp("servers")
+    roles = server_roles(config, endpoints)
+    children = [start(role.name, role.argv, role.environment, logs / f"{role.name}.log") for role in roles]
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        for role, child in zip(roles, children, strict=True):
+            while not answers(role.ready_url):
+                assert child.returncode is None and time.monotonic() < deadline, child.last_lines(40)
+                time.sleep(0.5)
+        yield Servers(endpoints.rollout, endpoints.teachers["math"], endpoints.teachers["code"])
+    finally:
+        for child in children:
+            for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
+                process.kill()
+
+
+@pytest.fixture
+def run_train(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Start ``megatron-opd train conf/toy.yaml name=NAME OVERRIDES``; everything is killed after the test."""
+    runs: list[Run] = []
+
+    def begin(name: str, *overrides: str) -> Run:
+        output = tmp_path / f"{name}.out"
+        argv = [str(COMMAND), "train", str(TOY), f"name={name}", f"output={tmp_path}", *overrides]
+        with output.open("wb") as file:
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        runs.append(Run(process, tmp_path / name, output))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()

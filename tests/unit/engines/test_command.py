@@ -1,0 +1,49 @@
+"""The exact command line of a started server: a change to it is a change for users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_opd.config import EngineConfig, ServerConfig
+from megatron_opd.engines import command
+from megatron_opd.engines.command import LAUNCHER, server_argv, server_environment
+from megatron_opd.runtime.env import TOKEN
+
+URL = "http://127.0.0.1:3111"
+
+
+def test_the_command_line_on_a_cpu() -> None:
+    engine = EngineConfig(python=Path("/e/bin/python"), device="cpu")
+    assert server_argv(engine, ServerConfig(), Path("models/m"), URL, seed=3) == (
+        f"/e/bin/python -P {LAUNCHER} --model-path models/m --host 127.0.0.1 --port 3111 --dtype float32 --tp-size 1 "
+        "--random-seed 3 --skip-tokenizer-init --enable-metrics --grammar-backend none --device cpu "
+        "--attention-backend torch_native --mem-fraction-static 0.1 --max-total-tokens 65536 "
+        "--disable-overlap-schedule --disable-cuda-graph --sleep-on-idle"
+    ).split(" ")
+
+
+def test_the_command_line_on_a_gpu() -> None:
+    engine = EngineConfig(python=Path("/e/bin/python"), device="cuda", dtype="bfloat16", max_total_tokens=9)
+    argv = server_argv(engine, ServerConfig(tensor_parallel=2), Path("m"), URL, seed=0)
+    assert " ".join(argv).endswith(
+        "--dtype bfloat16 --tp-size 2 --random-seed 0 --skip-tokenizer-init --enable-metrics --grammar-backend none "
+        "--mem-fraction-static 0.75 --max-total-tokens 9"
+    )
+    assert "--device" not in argv
+
+
+@pytest.mark.parametrize(("present", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_a_gpu_when_there_is_one(monkeypatch, present: bool, expected: str) -> None:
+    monkeypatch.setattr(command, "gpu_present", lambda: present)
+    assert command.resolve_device("auto") == expected
+    assert command.resolve_device("cpu") == "cpu"
+
+
+def test_the_server_sees_its_gpus_but_neither_our_token_nor_our_import_path(monkeypatch) -> None:
+    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    environment = server_environment(EngineConfig(device="cuda"), ServerConfig(gpus="2,3"))
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert TOKEN not in environment and "PYTHONPATH" not in environment
