@@ -164,7 +164,7 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """The clipped, importance-weighted policy gradient of on-policy distillation (Uni-OPD, sections 3 and 4)."""
+    """The clipped, importance-weighted policy gradient of on-policy distillation (Uni-OPD, arXiv 2605.03677)."""
 
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """The importance ratio has no effect below 1 - clip_low."""

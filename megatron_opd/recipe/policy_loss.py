@@ -28,7 +28,7 @@ def policy_loss(
     ``abs_logprob_change`` (|current - behaviour|).
 
     Source: PPO's clipped surrogate (arXiv 1707.06347, eq. 7) with the token-level teacher-minus-student advantage of
-    Uni-OPD (arXiv 2605.03677, section 3) and its asymmetric clip of 0.2 and 0.28.
+    Uni-OPD (arXiv 2605.03677) and its asymmetric clip of 0.2 and 0.28.
     """
     used = weights > 0
     # Selecting before any arithmetic: 0 * inf would be nan, in the loss and in its gradient.

@@ -49,6 +49,7 @@ def train(config: Config, console: RunConsole) -> dict:
             roles = server_roles(config, endpoints) + own_roles(run, endpoints, new_token())
             _supervise(run, roles, config, console)
         finally:
+            _ignore_signals()  # the clean-up is not interrupted
             console.stopping()
             stop_all()
     return json.loads(run.summary.read_text())
@@ -113,13 +114,17 @@ def _late(children: list[Child], limit_s: float) -> ProcessError:
     )
 
 
+def _ignore_signals() -> None:
+    for number in STOPPING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Turn the signals that ask a run to stop into StoppedBySignal, once: the clean-up is not interrupted."""
+    """Turn the signals that ask a run to stop into StoppedBySignal, once."""
 
     def stop(number: int, _: object) -> None:
-        for each in STOPPING_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+        _ignore_signals()
         raise StoppedBySignal(number)
 
     previous = {number: signal.signal(number, stop) for number in STOPPING_SIGNALS}

@@ -43,9 +43,10 @@ def test_a_signal_during_training(servers: Servers, run_train) -> None:
 
 
 def test_the_supervisor_itself_is_killed(servers: Servers, run_train) -> None:
-    run = run_train("orphans", *servers.attach(), *SMALL)
+    attached = [f"teachers.math.server.url={servers.math}", f"rollout.server.url={servers.rollout}"]
+    run = run_train("orphans", *attached, *SMALL)  # teacher-code is its own, with children of its own
     run.wait_for("step")
-    family = family_of(run, 4)
+    family = family_of(run, 7)
     run.process.kill()
     assert_all_gone(family)
 
