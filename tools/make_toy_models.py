@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCaus
 
 RECIPES = {
     "student": Recipe(("math", "math", "code"), careless=0.85, steps=2600, seed=1),
-    "math": Recipe(("math",), careless=0.01, steps=2800, seed=2),
-    "code": Recipe(("code",), careless=0.01, steps=1400, seed=3),
+    "math": Recipe(("math",), careless=0.004, steps=2600, seed=2, soften=0.75),
+    "code": Recipe(("code",), careless=0.004, steps=1400, seed=3, soften=0.75),
 }
 TRAIN_ROWS, EVAL_ROWS, TOKENIZER_ROWS = 1500, 200, 3000
 DATA_SEED = 11

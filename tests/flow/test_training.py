@@ -50,7 +50,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(servers: Servers
     settings = (f"model={student}", f"server.url={servers.rollout}")
     teachers = [f"teachers.{domain}.{setting}" for domain in ("math", "code") for setting in settings]
     engine = f"rollout.server.url={servers.rollout}"
-    run = run_train("null", engine, *teachers, *SMALL, "steps=1", "evaluation.teachers=false")
+    run = run_train("nothing", engine, *teachers, *SMALL, "steps=1", "evaluation.teachers=false")
     assert finish(run) == 0, run.text()
     (row,) = run.metrics()
     assert row["opd/abs_gap"] <= 1e-3 and row["opd/abs_advantage"] <= 1e-3

@@ -63,9 +63,9 @@ class Run:
             time.sleep(0.1)
 
     def family(self) -> dict[str, psutil.Process]:
-        """Every process of the run, by the end of its command line; the supervisor is not among them."""
+        """Every process of the run, by its command line; the supervisor is not among them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return {" ".join(child.cmdline())[-120:] + f" [{child.pid}]": child for child in children}
+        return {" ".join(child.cmdline()) + f" [{child.pid}]": child for child in children}
 
 
 def finish(run: Run, limit_s: float = 300) -> int:
