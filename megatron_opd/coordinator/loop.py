@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from megatron_opd.config import Config
 from megatron_opd.coordinator.app import BatchBoard
 from megatron_opd.coordinator.evaluate import Accuracy, evaluate
-from megatron_opd.coordinator.stages import Stages, StepRollouts, check_dropped_share
+from megatron_opd.coordinator.stages import Stages, StepRollouts, check_dropped_share, drop_reasons
 from megatron_opd.data.stream import PromptStream
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.observe.recorder import Recorder
@@ -63,6 +63,8 @@ class Loop:
         began = time.monotonic()
         prompts = self.stream.take(self.config.rollout.prompts_per_step)
         rollouts = await self.stages.collect(prompts, version=step, first_group=step * len(prompts))
+        if rollouts.dropped:
+            self.recorder.event("dropped", step=step + 1, reasons=drop_reasons(rollouts.dropped))
         check_dropped_share(rollouts.dropped, self._rollouts_per_step, self.config.scoring.max_dropped_share)
         batches = self._batches(rollouts, version=step)
         offered = time.monotonic()
@@ -86,13 +88,14 @@ class Loop:
     ) -> None:
         tokens = sum(len(scored.teacher_logprobs) for scored in rollouts.scored)
         self.totals.scored += tokens
-        self.totals.generated += tokens
+        self.totals.generated += rollouts.generated_tokens
         metrics = rollout_metrics(rollouts.scored, self.config.loss.max_gap)
         metrics |= report.training
         metrics |= {
             "teacher/dropped": len(rollouts.dropped),
             "refresh/seconds": report.refresh_s,
             "refresh/probe_difference": report.probe_difference,
+            **{f"time/{stage}_s": seconds for stage, seconds in rollouts.stage_seconds.items()},
             "time/collect_s": collect_s,
             "time/step_s": step_s,
             "perf/tokens_per_s": tokens / step_s,

@@ -98,6 +98,8 @@ class RunConsole:
                 case "evaluated":
                     self._say(f"accuracy {event['when']}: {_shares(event['accuracy'])}")
                     self._describe("training")
+                case "dropped":
+                    self._say(f"step {event['step']}: dropped rollouts: {'; '.join(event['reasons'])}")
                 case "step":
                     self._say(_step_line(event["step"], self._steps, event["metrics"]))
                     if self._task is not None:
