@@ -23,7 +23,7 @@ from toy.world import DOMAINS, problems
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 RECIPES = {
-    "student": Recipe(("math", "math", "code"), careless=0.85, steps=2600, seed=1),
+    "student": Recipe(("math", "math", "math", "code"), careless=0.86, steps=3400, seed=1),
     "math": Recipe(("math",), careless=0.004, steps=2600, seed=2, soften=0.75),
     "code": Recipe(("code",), careless=0.004, steps=1400, seed=3, soften=0.75),
 }

@@ -86,16 +86,16 @@ def answers(url: str) -> bool:
     try:
         connection.request("GET", address.path)
         return connection.getresponse().status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
 
 
 def _death(failed: list[Child], run: RunDirectory) -> ProcessError:
-    """The error to show: a process that could say what went wrong goes before one that could not."""
+    """The error to show: a dead server's, since the others only suffer from it; else of the one that could tell it."""
     said = {event["role"]: event["error"] for event in read_events(run.events) if event["event"] == "failed"}
-    child = next((child for child in failed if child.name in said), failed[0])
+    child = min(failed, key=lambda child: (child.name in JOBS, child.name not in said))
     if child.name in said:
         return ProcessError(f"{child.name} stopped the run: {said[child.name]}")
     code = child.returncode
