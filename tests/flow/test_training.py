@@ -58,6 +58,22 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(servers: Servers
     assert row["loss/grad_norm"] <= 1e-3 and abs(row["loss/policy"]) <= 1e-3
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["student.tensor_parallel=1", "student.data_parallel=2"],
+        ["student.tensor_parallel=2", "student.sequence_parallel=true"],
+    ],
+    ids=["data parallel", "sequence parallel"],
+)
+def test_other_layouts_and_many_rows(servers: Servers, run_train, layout: list[str]) -> None:
+    settings = ["steps=2", "student.row_tokens=200", "loss.normalize=token", "data.eval=null"]
+    run = run_train("layout", *servers.attach(), *SMALL, *layout, *settings)
+    assert finish(run) == 0, run.text()
+    for row in run.metrics():
+        assert row["refresh/probe_difference"] <= 1e-4 and row["opd/engine_trainer_difference"] <= 1e-4
+
+
 def test_a_refresh_that_cannot_be_proven_stops_the_run(servers: Servers, run_train) -> None:
     run = run_train("unproven", *servers.attach(), *SMALL, "steps=1", "refresh.probe_tolerance=1e-12")
     assert finish(run) == 1
