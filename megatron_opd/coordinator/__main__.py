@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -23,6 +24,7 @@ from megatron_opd.data.stream import PromptStream
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.observe.logs import start_logging
 from megatron_opd.observe.recorder import Recorder, tell_failures
 from megatron_opd.runtime.env import token
 from megatron_opd.runtime.http import wait_until_ready
@@ -31,6 +33,8 @@ from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.teachers.pool import Teacher, TeacherPool
 from megatron_opd.verifiers.pool import VerifierPool
 
+logger = logging.getLogger("megatron_opd.coordinator")  # not __name__, which is __main__ here
+
 
 async def coordinate(run: RunDirectory) -> None:
     """Serve and drive one run, then write its summary."""
@@ -38,6 +42,7 @@ async def coordinate(run: RunDirectory) -> None:
     recorder, board = Recorder(run.events, run.metrics), BatchBoard()
     tokenizer = load_tokenizer(config.student.model)
     train, held_out = read_inputs(config, tokenizer)
+    logger.info("%d training prompts, %d held-out prompts", len(train), len(held_out))
     async with AsyncExitStack() as stack:
         await _serve(stack, board, endpoints.coordinator)
         engine = RolloutEngine(await _client(stack, endpoints.rollout, config), tokenizer, config.scoring.attempts)
@@ -54,6 +59,7 @@ async def coordinate(run: RunDirectory) -> None:
             recorder=recorder,
         )
         await _servers_ready([endpoints.rollout, *endpoints.teachers.values()], config.engine.start_timeout_s)
+        logger.info("all servers answer: %s", endpoints)
         await loop.run()
         info = await engine.client.server_info()
         result = summary(config, loop.evaluations, loop.totals, board.reports, info, time.time() - began)
@@ -92,6 +98,7 @@ def _vocab_size(model: Path) -> int:
 
 if __name__ == "__main__":
     die_with_parent()
+    start_logging()
     run_directory = RunDirectory(Path(sys.argv[1]))
     with tell_failures("coordinator", Recorder(run_directory.events, run_directory.metrics)):
         asyncio.run(coordinate(run_directory))

@@ -8,6 +8,7 @@ Strictly on-policy: batch k holds rollouts of weights k only, and the next one i
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from megatron_opd.recipe.pack import pack
 from megatron_opd.records import PackedBatch, Prompt
 from megatron_opd.runtime.messages import RefreshReport
 from megatron_opd.runtime.wire import encode
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -101,6 +104,13 @@ class Loop:
             "perf/tokens_per_s": tokens / step_s,
         }
         self.recorder.step(step + 1, metrics)
+        logger.info(
+            "step %d: %d rollouts in %.2f s, %d dropped",
+            step + 1,
+            len(rollouts.scored),
+            collect_s,
+            len(rollouts.dropped),
+        )
 
     async def _evaluate(self, when: str, *, with_teachers: bool) -> None:
         if not self.held_out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_opd.config import Config
 from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.observe.logs import start_logging
 from megatron_opd.observe.recorder import Recorder, tell_failures
 from megatron_opd.runtime.env import rank
 from megatron_opd.runtime.http import wait_until_ready
@@ -25,6 +27,8 @@ from megatron_opd.student.coordinator_client import CoordinatorClient
 from megatron_opd.student.export import export_hf
 from megatron_opd.student.refresh import Refreshed, WeightRefresh
 from megatron_opd.student.step import StepMetrics, train_step
+
+logger = logging.getLogger("megatron_opd.student")  # not __name__, which is __main__ here
 
 METRIC_NAMES = {
     "loss": "loss/policy",
@@ -82,6 +86,7 @@ def named_metrics(metrics: StepMetrics) -> dict[str, float]:
 async def _report(coordinator: CoordinatorClient, report: RefreshReport) -> None:
     if rank() == 0:
         await coordinator.refreshed(report)
+        logger.info("weights %d are live: %s", report.version, report.model_dump_json(exclude={"version"}))
 
 
 def _report_of(
@@ -110,6 +115,7 @@ def _info(student: Student, config: Config) -> TrainerInfo:
 
 if __name__ == "__main__":
     die_with_parent()
+    start_logging()
     run_directory = RunDirectory(Path(sys.argv[1]))
     with tell_failures("student", Recorder(run_directory.events, run_directory.metrics)):
         asyncio.run(train(run_directory))
