@@ -24,10 +24,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCaus
 
 RECIPES = {
     "student": Recipe(("math", "math", "math", "code"), careless=0.86, steps=3400, seed=1),
-    "math": Recipe(("math",), careless=0.004, steps=2600, seed=2, soften=0.75),
-    "code": Recipe(("code",), careless=0.004, steps=1400, seed=3, soften=0.75),
+    "math": Recipe(("math",), careless=0.01, steps=2600, seed=2, smooth=0.002),
+    "code": Recipe(("code",), careless=0.01, steps=1200, seed=3, smooth=0.002),
 }
-TRAIN_ROWS, EVAL_ROWS, TOKENIZER_ROWS = 1500, 200, 3000
+TRAIN_ROWS, EVAL_ROWS, TOKENIZER_ROWS = 1000, 200, 3000
 DATA_SEED = 11
 
 

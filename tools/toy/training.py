@@ -1,0 +1,147 @@
+"""Supervised training of one toy model, and its accuracy on held-out problems."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from toy.grade import GRADERS
+from toy.tokenizer import VOCAB_SIZE
+from toy.world import Problem, stream
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+IGNORE = -100
+BATCH = 32
+POOL = 16  # batches sorted by length together, so that little is padded
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one model learns: its domains (one named twice counts double), its share of careless
+    solutions, for how long, and how much probability is spread over all solution tokens."""
+
+    domains: tuple[str, ...]
+    careless: float
+    steps: int
+    learning_rate: float = 2e-3
+    seed: int = 0
+    smooth: float = 0.0
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+    """An untrained Qwen3 of about 1.2 million parameters."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The token ids of a prompt up to where the assistant speaks."""
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, careless: bool) -> tuple[list[int], int]:
+    """Token ids of prompt and solution, and where the solution starts."""
+    prompt = chat_ids(tokenizer, problem.prompt)
+    solution = (problem.careless if careless else problem.clean) + tokenizer.eos_token
+    return prompt + tokenizer(solution, add_special_tokens=False)["input_ids"], len(prompt)
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless padded inputs and labels of fresh problems; only solutions carry a label."""
+    rng = random.Random(recipe.seed)
+    streams = [stream(domain, "train", recipe.seed + 1000 * i) for i, domain in enumerate(recipe.domains)]
+    while True:
+        drawn = [p for s in streams for p in islice(s, POOL * BATCH // len(streams))]
+        rows = [encode(tokenizer, p, rng.random() < recipe.careless) for p in drawn]
+        rows.sort(key=lambda row: len(row[0]))
+        groups = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(len(ids) for ids, _ in group)
+            inputs = torch.full((len(group), width), tokenizer.pad_token_id)
+            labels = torch.full((len(group), width), IGNORE)
+            for i, (ids, start) in enumerate(group):
+                inputs[i, : len(ids)] = torch.tensor(ids)
+                labels[i, start : len(ids)] = torch.tensor(ids[start:])
+            yield inputs, labels
+
+
+def smoothed_loss(logits: torch.Tensor, labels: torch.Tensor, smooth: float) -> torch.Tensor:
+    """Cross-entropy with a little weight on every token that occurs in the solutions.
+
+    It keeps a teacher from being absurdly sure of itself: a wrong digit costs about 9 nats, not 15.
+    """
+    labelled = labels != IGNORE
+    log_probs = functional.log_softmax(logits[labelled], dim=-1)
+    targets = labels[labelled]
+    right = log_probs.gather(1, targets[:, None]).mean()
+    return -(1 - smooth) * right - smooth * log_probs[:, targets.unique()].mean()
+
+
+def train(tokenizer: PreTrainedTokenizerBase, name: str, recipe: Recipe) -> Qwen3ForCausalLM:
+    """Train one model from nothing; padding is on the right, so causal attention needs no mask."""
+    model = new_model(tokenizer, recipe.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    began, total = time.time(), 0.0
+    for step, (inputs, labels) in enumerate(islice(batches(tokenizer, recipe), recipe.steps)):
+        warm = min(1.0, (step + 1) / 50)
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * warm * decay
+        logits = model(input_ids=inputs, use_cache=False).logits
+        loss = smoothed_loss(logits[:, :-1], labels[:, 1:], recipe.smooth)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.item()
+        if (step + 1) % 100 == 0:
+            spent = time.time() - began
+            print(f"{name}: step {step + 1}/{recipe.steps} loss {total / 100:.4f} {spent:.0f}s", flush=True)
+            total = 0.0
+    return model
+
+
+@torch.no_grad()
+def respond(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], greedy: bool, limit: int = 80
+) -> list[str]:
+    """One response per prompt, at temperature 1 or greedy."""
+    tokenizer.padding_side = "left"
+    rows = {"input_ids": [chat_ids(tokenizer, prompt) for prompt in prompts]}
+    inputs = tokenizer.pad(rows, return_tensors="pt")
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    out = model.generate(**inputs, max_new_tokens=limit, **sampling)
+    return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def accuracy(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], greedy: bool) -> float:
+    """The share of ``rows`` (one domain) that the saved model answers right, computed in float32."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    responses = respond(model, tokenizer, [row["prompt"] for row in rows], greedy)
+    right = GRADERS[rows[0]["domain"]](responses, [row["answer"] for row in rows])
+    return sum(right) / len(right)
