@@ -17,6 +17,7 @@ from megatron_opd.teachers.scoring import score
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = (1, 270, 300, 40, 41, 42, 60, 2, 1, 280)
 VOCAB = 512
+TOLERANCE = 1e-4  # float32, and log-probs down to -15
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ async def test_sampled_log_probs_equal_transformers(client: SGLangClient, refere
     assert len(generations) == 4
     for generation in generations:
         expected = slow_logprobs(reference, [*PROMPT, *generation.token_ids.tolist()])[len(PROMPT) - 1 :]
-        assert np.abs(generation.logprobs - expected).max() <= 1e-5
+        assert np.abs(generation.logprobs - expected).max() <= TOLERANCE
         assert (generation.versions == -1).all() and len(generation.versions) == len(generation.token_ids)
         stopped = generation.finish_reason == "stop"
         assert (generation.token_ids[-1] == 2) == stopped and (generation.token_ids[:-1] != 2).all()
@@ -60,7 +61,7 @@ async def test_scores_equal_transformers_cold_and_warm(client, reference, length
     expected = slow_logprobs(reference, [*prompt.tolist(), *response.tolist()])[len(prompt) - 1 :]
     for _ in range(3):  # the prefix cache must change nothing
         values = await score(client, prompt, response, VOCAB)
-        assert values.shape == (length,) and np.abs(values - expected).max() <= 1e-4
+        assert values.shape == (length,) and np.abs(values - expected).max() <= TOLERANCE
 
 
 async def test_the_prefix_cache_serves_the_prompt_of_a_group(client: SGLangClient) -> None:
@@ -76,9 +77,9 @@ async def test_prompt_log_probs_ignore_the_temperature_and_sampled_ones_do_not(c
     (generation,) = await client.generate(PROMPT, 1, Sampling(8, 2.0, (2,)))
     token_ids = [*PROMPT, *generation.token_ids.tolist()]
     scaled = slow_logprobs(reference, token_ids, temperature=2.0)[len(PROMPT) - 1 :]
-    assert np.abs(generation.logprobs - scaled).max() <= 1e-5
+    assert np.abs(generation.logprobs - scaled).max() <= TOLERANCE
     plain = slow_logprobs(reference, token_ids)[len(PROMPT) - 1 :]
-    assert np.abs(await score(client, np.array(PROMPT), generation.token_ids, VOCAB) - plain).max() <= 1e-4
+    assert np.abs(await score(client, np.array(PROMPT), generation.token_ids, VOCAB) - plain).max() <= TOLERANCE
 
 
 async def test_a_request_that_the_server_refuses_is_an_engine_error_with_its_words(client: SGLangClient) -> None:

@@ -65,7 +65,7 @@ class Run:
     def family(self) -> dict[str, psutil.Process]:
         """Every process of the run, by its command line; the supervisor is not among them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return {" ".join(child.cmdline()) + f" [{child.pid}]": child for child in children}
+        return {f"{command_of(child)} [{child.pid}]": child for child in children}
 
 
 def finish(run: Run, limit_s: float = 300) -> int:
@@ -79,7 +79,23 @@ def finish(run: Run, limit_s: float = 300) -> int:
 def assert_all_gone(processes: list[psutil.Process], limit_s: float = GONE_LIMIT_S) -> float:
     """Wait until none of ``processes`` lives, for at most ``limit_s``; returns how long it took."""
     began = time.monotonic()
-    while living := [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() - began < limit_s, [" ".join(p.cmdline()) for p in living]
+    while living := [process for process in processes if lives(process)]:
+        assert time.monotonic() - began < limit_s, [command_of(process) for process in living]
         time.sleep(0.1)
     return time.monotonic() - began
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it still runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
