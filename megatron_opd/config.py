@@ -208,7 +208,7 @@ class RefreshConfig(Section):
     bucket_mb: PositiveInt = 256
     """Most megabytes of weights in one broadcast."""
     probe_tolerance: PositiveFloat = 1e-4
-    """Largest difference of log-probs between engine and trainer on the probe sequence after a refresh."""
+    """Largest difference of log-probs between engine and trainer on the probe sequence; 1e-4 is meant for float32."""
     timeout_s: PositiveFloat = 300.0
     """Longest time for one refresh."""
 

@@ -3,9 +3,9 @@
     python tools/make_toy_models.py [--out tools/toy] [--only student|math|code] [--steps N]
 
 The two teachers learn one domain each from clean solutions; the student learns both domains from
-mostly careless ones.  The small share of careless solutions that a teacher sees keeps its log
-probability of a careless token near -5, so that it corrects the student without being masked as
-an outlier.
+mostly careless ones.  A teacher sees a small share of careless solutions too and is softened once
+it is trained: both keep its log probability of a careless token near -4, so that it corrects the
+student without being masked as an outlier.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCaus
 
 RECIPES = {
     "student": Recipe(("math", "math", "math", "code"), careless=0.86, steps=3400, seed=1),
-    "math": Recipe(("math",), careless=0.01, steps=2600, seed=2, smooth=0.002),
-    "code": Recipe(("code",), careless=0.01, steps=1200, seed=3, smooth=0.002),
+    "math": Recipe(("math",), careless=0.004, steps=2600, seed=2, soften=0.75),
+    "code": Recipe(("code",), careless=0.004, steps=1400, seed=3, soften=0.75),
 }
 TRAIN_ROWS, EVAL_ROWS, TOKENIZER_ROWS = 1000, 200, 3000
 DATA_SEED = 11

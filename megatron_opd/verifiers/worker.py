@@ -6,7 +6,6 @@ descriptor 1, after one row ``"ready"``. Ends at the end of its input, and with 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -15,10 +14,10 @@ import sys
 from typing import IO
 
 from megatron_opd.records import Outcome
+from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.verifiers import VERIFIERS, Verdict, Verifier
 from megatron_opd.verifiers.base import clip, unknown
 
-PR_SET_PDEATHSIG = 1
 MEMORY_BYTES = 8 << 30  # address space: 9^{9^{9}} must not take the machine down with it
 REASON_LENGTH = 500
 
@@ -27,7 +26,9 @@ def main(arguments: list[str]) -> None:
     """Serve until the input ends."""
     parent, time_limit_s, kinds = int(arguments[0]), float(arguments[1]), arguments[2:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
-    die_with(parent)
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        sys.exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     requests, replies = take_descriptors()
     verifiers = {kind: VERIFIERS[kind](time_limit_s) for kind in kinds}
@@ -56,13 +57,6 @@ def reply(replies: IO[str], content: object) -> None:
     """Write one row."""
     replies.write(json.dumps(content) + "\n")
     replies.flush()
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the line above
-        sys.exit(1)
 
 
 def take_descriptors() -> tuple[IO[bytes], IO[str]]:
