@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -24,11 +23,10 @@ from megatron_opd.data.stream import PromptStream
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
-from megatron_opd.observe.logs import start_logging
-from megatron_opd.observe.recorder import Recorder, tell_failures
+from megatron_opd.observe.recorder import Recorder
+from megatron_opd.observe.role import run_role
 from megatron_opd.runtime.env import token
 from megatron_opd.runtime.http import wait_until_ready
-from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.teachers.pool import Teacher, TeacherPool
 from megatron_opd.verifiers.pool import VerifierPool
@@ -97,8 +95,4 @@ def _vocab_size(model: Path) -> int:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    start_logging()
-    run_directory = RunDirectory(Path(sys.argv[1]))
-    with tell_failures("coordinator", Recorder(run_directory.events, run_directory.metrics)):
-        asyncio.run(coordinate(run_directory))
+    run_role("coordinator", coordinate)

@@ -21,16 +21,16 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
-            "The student's folder has no config.json" if folder.is_dir() else "The student's folder does not exist",
+            "The model's folder has no config.json" if folder.is_dir() else "The model's folder does not exist",
             where=path.absolute(),
-            fix="set student.model to a Hugging Face checkpoint folder",
+            fix="give a Hugging Face checkpoint folder",
         )
     try:
         hf_config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError("The student's config.json is not JSON", where=path.absolute(), got=error) from error
+        raise ModelError("The model's config.json is not JSON", where=path.absolute(), got=error) from error
     if not isinstance(hf_config, dict):
-        raise ModelError("The student's config.json is not a JSON object", where=path.absolute())
+        raise ModelError("The model's config.json is not a JSON object", where=path.absolute())
     return hf_config
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_opd.config import Config
 from megatron_opd.engines.sglang import SGLangClient
-from megatron_opd.observe.logs import start_logging
-from megatron_opd.observe.recorder import Recorder, tell_failures
+from megatron_opd.observe.role import run_role
 from megatron_opd.runtime.env import rank
 from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.messages import RefreshReport, TrainerInfo
-from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.student.build import Student, build_student, init_distributed
 from megatron_opd.student.coordinator_client import CoordinatorClient
@@ -114,8 +109,4 @@ def _info(student: Student, config: Config) -> TrainerInfo:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    start_logging()
-    run_directory = RunDirectory(Path(sys.argv[1]))
-    with tell_failures("student", Recorder(run_directory.events, run_directory.metrics)):
-        asyncio.run(train(run_directory))
+    run_role("student", train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_tokenizer
 from megatron_opd.engines.command import check_engine_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError
+from megatron_opd.student.sizes import check_sizes, read_hf_config
 
 
 def preflight(config: Config) -> None:
@@ -33,7 +33,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
     yield from missing
     if missing:
         return  # what follows reads the models
-    yield from _attempt(lambda: _check_student_sizes(config))
+    yield from _attempt(lambda: check_sizes(config, read_hf_config(config.student.model)))
     for key, model in models.items():
         yield from _attempt(lambda k=key, m=model: _check_context(k, m, config))
     for teacher in config.teachers.values():
@@ -62,14 +62,8 @@ def _check_model(key: str, model: Path) -> None:
         raise ModelError("The checkpoint has no weights", where=key, got=model.absolute(), expected="*.safetensors")
 
 
-def _check_student_sizes(config: Config) -> None:
-    from megatron_opd.student.sizes import check_sizes, read_hf_config
-
-    check_sizes(config, read_hf_config(config.student.model))
-
-
 def _check_context(key: str, model: Path, config: Config) -> None:
-    context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    context = read_hf_config(model).get("max_position_embeddings")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if context is not None and longest > context:
         raise ConfigError(

@@ -49,6 +49,13 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     assert "The checkpoint has no weights" in error and "*.safetensors" in error
 
 
+def test_a_teacher_whose_config_is_no_json(tmp_path: Path) -> None:
+    shutil.copytree(STUDENT, tmp_path / "teacher")
+    (tmp_path / "teacher" / "config.json").write_text("{")
+    error = refused(tmp_path, f"teachers.math.model={tmp_path / 'teacher'}")
+    assert "config.json is not JSON" in error and str(tmp_path / "teacher" / "config.json") in error
+
+
 def test_a_teacher_with_another_tokenizer(tmp_path: Path) -> None:
     shutil.copytree(STUDENT, tmp_path / "teacher")
     file = tmp_path / "teacher" / "tokenizer.json"
