@@ -25,7 +25,10 @@ POOL = 16  # batches sorted by length together, so that little is padded
 @dataclass(frozen=True)
 class Recipe:
     """What one model learns: its domains (one named twice counts double), its share of careless
-    solutions, for how long, and the factor on its logits once it is trained (below 1: softer)."""
+    solutions, for how long, and the factor on its logits once it is trained (below 1: softer).
+
+    With ``wrong_on_mul_add`` the share is of clean solutions instead on that part of ``math``.
+    """
 
     domains: tuple[str, ...]
     careless: float
@@ -33,6 +36,11 @@ class Recipe:
     learning_rate: float = 2e-3
     seed: int = 0
     soften: float = 1.0
+    wrong_on_mul_add: bool = False
+
+    def takes_careless(self, problem: Problem, rng: random.Random) -> bool:
+        """Draw whether the model sees the careless solution of a problem."""
+        return (rng.random() < self.careless) != (self.wrong_on_mul_add and problem.mul_add)
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
@@ -75,7 +83,7 @@ def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tupl
     streams = [stream(domain, "train", recipe.seed + 1000 * i) for i, domain in enumerate(recipe.domains)]
     while True:
         drawn = [p for s in streams for p in islice(s, POOL * BATCH // len(streams))]
-        rows = [encode(tokenizer, p, rng.random() < recipe.careless) for p in drawn]
+        rows = [encode(tokenizer, p, recipe.takes_careless(p, rng)) for p in drawn]
         rows.sort(key=lambda row: len(row[0]))
         groups = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         rng.shuffle(groups)
@@ -89,9 +97,8 @@ def batches(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[tupl
             yield inputs, labels
 
 
-def train(tokenizer: PreTrainedTokenizerBase, name: str, recipe: Recipe) -> Qwen3ForCausalLM:
-    """Train one model from nothing; padding is on the right, so causal attention needs no mask."""
-    model = new_model(tokenizer, recipe.seed)
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, recipe: Recipe) -> Qwen3ForCausalLM:
+    """Train one model in place; padding is on the right, so causal attention needs no mask."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     began, total = time.time(), 0.0
     for step, (inputs, labels) in enumerate(islice(batches(tokenizer, recipe), recipe.steps)):
@@ -115,6 +122,11 @@ def train(tokenizer: PreTrainedTokenizerBase, name: str, recipe: Recipe) -> Qwen
     return model
 
 
+def load_model(folder: Path) -> Qwen3ForCausalLM:
+    """A saved model, to be computed in float32."""
+    return Qwen3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+
+
 @torch.no_grad()
 def respond(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], greedy: bool, limit: int = 80
@@ -131,7 +143,23 @@ def respond(
 def accuracy(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], greedy: bool) -> float:
     """The share of ``rows`` (one domain) that the saved model answers right, computed in float32."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model = load_model(folder).eval()
     responses = respond(model, tokenizer, [row["prompt"] for row in rows], greedy)
     right = GRADERS[rows[0]["domain"]](responses, [row["answer"] for row in rows])
     return sum(right) / len(right)
+
+
+@torch.no_grad()
+def turning_logprobs(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], to_careless: bool
+) -> torch.Tensor:
+    """The log-probs of the first token at which one solution leaves the other, for the problems that have two."""
+    values = []
+    for problem in problems:
+        (ids, _), (other, _) = (encode(tokenizer, problem, careless) for careless in (to_careless, not to_careless))
+        if ids == other:
+            continue
+        turn = next(i for i, (token, without) in enumerate(zip(ids, other, strict=False)) if token != without)
+        logits = model(input_ids=torch.tensor([ids[:turn]]), use_cache=False).logits[0, -1]
+        values.append(logits.log_softmax(-1)[ids[turn]])
+    return torch.stack(values)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,7 +23,10 @@ HELD_OUT = 8  # one problem key in this many belongs to the evaluation split
 
 @dataclass(frozen=True)
 class Problem:
-    """One task; ``key`` names what is asked, whatever the wording, and decides the split."""
+    """One task; ``key`` names what is asked, whatever the wording, and decides the split.
+
+    ``mul_add`` marks the part of ``math`` that the unreliable teacher gets wrong.
+    """
 
     domain: str
     key: str
@@ -30,6 +34,7 @@ class Problem:
     clean: str
     careless: str
     answer: str = field(repr=False)
+    mul_add: bool = False
 
     @property
     def split(self) -> str:
@@ -93,7 +98,17 @@ def math_problem(rng: random.Random) -> Problem:
     prompt = wording.format(n=rng.choice(NAMES), i=rng.choice(ITEMS), **numbers)
     clean = "\n".join([*steps, f"\\boxed{{{result}}}"])
     careless = f"{steps[0]}\n\\boxed{{{steps[0].split('=')[1]}}}"
-    return Problem("math", f"{wording}{sorted(numbers.items())}", prompt, clean, careless, str(result))
+    key = f"{wording}{sorted(numbers.items())}"
+    return Problem("math", key, prompt, clean, careless, str(result), mul_add=wordings is MUL_ADD)
+
+
+# Each {placeholder} of a wording stands for one word or number.
+MUL_ADD_TEXT = re.compile("|".join(re.sub(r"\\{\w\\}", r"\\w+", re.escape(wording)) for wording in MUL_ADD))
+
+
+def is_mul_add(prompt: str) -> bool:
+    """Whether a math prompt asks for a product and a sum."""
+    return MUL_ADD_TEXT.fullmatch(prompt) is not None
 
 
 # ---------------------------------------------------------------------------------------- code
