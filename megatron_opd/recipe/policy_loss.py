@@ -1,8 +1,10 @@
-"""The clipped, importance-weighted policy gradient on packed tokens."""
+"""Losses on packed tokens: the clipped, importance-weighted policy gradient, and the forward KL beside it."""
 
 from __future__ import annotations
 
 import torch
+
+from megatron_opd.recipe.forward_kl import forward_kl
 
 
 def policy_loss(
@@ -47,3 +49,28 @@ def policy_loss(
         "abs_logprob_change": (share * change.abs()).sum(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def forward_kl_loss(
+    student_topk_logprobs: torch.Tensor,
+    teacher_topk_logprobs: torch.Tensor,
+    weights: torch.Tensor,
+    denominator: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This micro-batch's share of the step's forward KL and of its metric, in nats per token.
+
+        loss = sum(weights * forward_kl) / denominator
+
+    student_topk_logprobs [T, K]: current policy at the teacher's K most likely tokens, carries the gradient;
+    teacher_topk_logprobs [T, K]: constants; weights [T] >= 0: share of each position, 0 where masked or gated off;
+    denominator: normaliser of the whole global batch. Rows of weight 0 are never read, not even non-finite ones. Loss
+    and metric are sums, as in ``policy_loss``. Metric: ``forward_kl``, the detached loss.
+
+    Source: the added term of EOPD (arXiv 2603.07079), with ``recipe.topk.entropy_gate`` deciding the weights.
+    """
+    used = weights > 0
+    student = torch.where(used[:, None], student_topk_logprobs, 0.0)
+    teacher = torch.where(used[:, None], teacher_topk_logprobs, 0.0)
+    share = torch.where(used, weights, 0.0) / denominator
+    loss = (share * forward_kl(student, teacher)).sum()
+    return loss, {"forward_kl": loss.detach()}

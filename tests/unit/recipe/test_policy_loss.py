@@ -1,4 +1,4 @@
-"""policy_loss against a slow formula, case by case."""
+"""Losses on packed tokens against slow formulas, case by case."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from megatron_opd.recipe.policy_loss import policy_loss
+from megatron_opd.recipe.policy_loss import forward_kl_loss, policy_loss
 
 LOW, HIGH = 0.2, 0.28
 
@@ -105,3 +105,73 @@ def test_masked_tokens_are_never_read(bad: float) -> None:
         results.append([loss.detach(), inputs["logprobs"].grad, *metrics.values()])
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     assert (results[1][1][masked] == 0).all()
+
+
+# Forward KL
+
+
+def random_topk() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 40, 7, generator=generator) * 2
+    weights = torch.rand(40, generator=generator) * (torch.rand(40, generator=generator) > 0.3)
+    student, teacher = torch.log_softmax(logits, -1)[..., :4]
+    return {"student_topk_logprobs": student, "teacher_topk_logprobs": teacher, "weights": weights}
+
+
+def slow_forward_kl(student: list[float], teacher: list[float]) -> float:
+    p, q = ([math.exp(value) for value in row] for row in (teacher, student))
+    return sum(a * math.log(a / b) for a, b in zip([*p, 1 - sum(p)], [*q, 1 - sum(q)], strict=True))
+
+
+def test_forward_kl_is_a_weighted_sum() -> None:
+    batch = random_topk()
+    loss, metrics = forward_kl_loss(**batch, denominator=7.0)
+    rows = zip(*(value.tolist() for value in batch.values()), strict=True)
+    expected = sum(weight * slow_forward_kl(student, teacher) for student, teacher, weight in rows) / 7.0
+    assert expected > 0.1 and loss.item() == pytest.approx(expected, rel=1e-5)
+    assert metrics.keys() == {"forward_kl"} and metrics["forward_kl"].item() == loss.item()
+
+
+def test_a_step_down_the_forward_kl_raises_what_the_teacher_prefers() -> None:
+    student = torch.tensor([[0.2, 0.6], [0.2, 0.6]]).log().requires_grad_()
+    loss, metrics = forward_kl_loss(student, torch.tensor([[0.7, 0.1]] * 2).log(), torch.tensor([1.0, 0.0]), 2.0)
+    loss.backward()
+    # By log q_k: (p_rest q_k / q_rest - p_k) / 2.
+    torch.testing.assert_close(student.grad, torch.tensor([[-0.25, 0.25], [0.0, 0.0]]))
+    assert not metrics["forward_kl"].requires_grad
+
+
+def test_splits_of_the_forward_kl_add_up() -> None:
+    batch = random_topk()
+    whole, _ = forward_kl_loss(**batch, denominator=7.0)
+    parts = []
+    for part in (slice(0, 11), slice(11, 40), slice(40, 40)):
+        parts.append(forward_kl_loss(**{name: value[part] for name, value in batch.items()}, denominator=7.0)[0])
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_masked_rows_of_the_forward_kl_are_never_read(bad: float) -> None:
+    clean = random_topk()
+    masked = clean["weights"] == 0
+    assert 5 < masked.sum() < 35
+    dirty = {
+        name: value if name == "weights" else value.masked_fill(masked[:, None], bad) for name, value in clean.items()
+    }
+    results = []
+    for inputs in (clean, dirty):
+        student = inputs["student_topk_logprobs"] = inputs["student_topk_logprobs"].clone().requires_grad_()
+        loss, _ = forward_kl_loss(**inputs, denominator=7.0)
+        loss.backward()
+        results.append([loss.detach(), student.grad])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert (results[1][1][masked] == 0).all() and results[1][1][~masked].any(dim=1).all()
+
+
+def test_all_masked_is_a_loss_of_zero() -> None:
+    batch = random_topk()
+    batch["weights"] = torch.zeros(40)
+    student = batch["student_topk_logprobs"] = batch["student_topk_logprobs"].requires_grad_()
+    loss, metrics = forward_kl_loss(**batch, denominator=1.0)
+    loss.backward()
+    assert loss.item() == metrics["forward_kl"].item() == 0.0 and not student.grad.any()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from megatron_opd.config import Config, parse_config
 from megatron_opd.records import PackedBatch
 
+TOP = 3  # rows of the teacher's most likely tokens
 VOCAB = 515  # odd: two tensor-parallel ranks need a padded column
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 OPTIMIZER = {"lr": 1e-2, "clip_grad": 0.0, "weight_decay": 0.1, "adam_eps": 1e-3}
@@ -44,6 +45,9 @@ class Sample:
     advantages: np.ndarray  # [L]
     behaviour: np.ndarray  # [L]
     weights: np.ndarray  # [L]
+    forward_weights: np.ndarray  # [L]
+    top_ids: np.ndarray  # [L, K], one of them may be the next token itself
+    top_logprobs: np.ndarray  # [L, K], of a teacher
 
 
 def make_model(folder: Path, kind: str) -> None:
@@ -84,7 +88,15 @@ def make_samples(model: torch.nn.Module) -> list[Sample]:
         weights[: length // 3] = 0.0  # the prompt
         weights[-1] = 0.0
         advantages = generator.normal(size=length)
-        samples.append(Sample(tokens, advantages, np.append(current, 0.0) - change, weights))
+        top_ids = np.array([generator.permutation(VOCAB)[:TOP] for _ in tokens])
+        top_ids[:-1, 0] = tokens[1:]
+        top_logprobs = np.log(generator.dirichlet(np.ones(TOP + 1), length)[:, :TOP])
+        forward_weights = np.where(generator.random(length) < 0.5, 0.3 * weights, 0.0)  # a gate, and a coefficient
+        samples.append(
+            Sample(
+                tokens, advantages, np.append(current, 0.0) - change, weights, forward_weights, top_ids, top_logprobs
+            )
+        )
     return samples
 
 
@@ -92,17 +104,23 @@ def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> Pa
     """One rank's batch: ``rows`` lists the samples of each row. What weighs nothing is not a number."""
     order = [samples[index] for row in rows for index in row]
 
-    def join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-        return np.concatenate([*arrays, np.empty(0)]).astype(dtype)
+    def join(arrays: list[np.ndarray], dtype: type, *columns: int) -> np.ndarray:
+        return np.concatenate([*arrays, np.empty((0, *columns))]).astype(dtype)
 
     return PackedBatch(
         version=3,
+        last=False,
         denominator=denominator,
         tokens=join([sample.tokens for sample in order], np.int64),
         labels=join([np.append(sample.tokens[1:], 0) for sample in order], np.int64),
         advantages=join([np.where(sample.weights, sample.advantages, np.nan) for sample in order], np.float32),
         behaviour_logprobs=join([np.where(sample.weights, sample.behaviour, -np.inf) for sample in order], np.float32),
         weights=join([sample.weights for sample in order], np.float32),
+        forward_weights=join([sample.forward_weights for sample in order], np.float32),
+        top_ids=join([sample.top_ids for sample in order], np.int64, TOP),
+        top_logprobs=join(
+            [np.where(s.forward_weights[:, None], s.top_logprobs, np.nan) for s in order], np.float32, TOP
+        ),
         row_offsets=np.cumsum([0, *(sum(len(samples[index].tokens) for index in row) for row in rows)]),
         sequence_offsets=np.cumsum([0, *(len(sample.tokens) for sample in order)]),
     )
@@ -112,11 +130,23 @@ def denominator_of(samples: list[Sample]) -> float:
     return float(sum(sample.weights.sum() for sample in samples))
 
 
+def all_logprobs(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
+    """[L] -> [L - 1, VOCAB]."""
+    return torch.log_softmax(model(torch.from_numpy(tokens)[None]).logits[0, :-1].float(), -1)
+
+
 def next_logprobs(model: torch.nn.Module, tokens: np.ndarray) -> torch.Tensor:
     """[L] -> [L - 1]."""
-    ids = torch.from_numpy(tokens)
-    logits = model(ids[None]).logits[0, :-1]
-    return torch.log_softmax(logits.float(), -1).gather(1, ids[1:, None])[:, 0]
+    return all_logprobs(model, tokens).gather(1, torch.from_numpy(tokens)[1:, None])[:, 0]
+
+
+def slow_forward_kl(logprobs: torch.Tensor, ids: np.ndarray, teacher: np.ndarray) -> torch.Tensor:
+    """KL of the teacher's top tokens and the rest against one position's log-probs [VOCAB]."""
+    total, rest, student_rest = torch.zeros(()), 1.0, torch.ones(())
+    for token, logprob in zip(ids.tolist(), teacher.tolist(), strict=True):
+        total = total + math.exp(logprob) * (logprob - logprobs[token])
+        rest, student_rest = rest - math.exp(logprob), student_rest - logprobs[token].exp()
+    return total + rest * (math.log(rest) - student_rest.log())
 
 
 def slow_token_loss(current: Any, behaviour: float, advantage: float) -> Any:
@@ -132,10 +162,11 @@ def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     loss = torch.zeros(())
     for sample in samples:
-        current = next_logprobs(model, sample.tokens)
-        for position, logprob in enumerate(current):
-            token_loss = slow_token_loss(logprob, sample.behaviour[position], sample.advantages[position])
-            loss = loss + sample.weights[position] * token_loss
+        for position, row in enumerate(all_logprobs(model, sample.tokens)):
+            current = row[sample.tokens[position + 1]]
+            token_loss = slow_token_loss(current, sample.behaviour[position], sample.advantages[position])
+            forward = slow_forward_kl(row, sample.top_ids[position], sample.top_logprobs[position])
+            loss = loss + sample.weights[position] * token_loss + sample.forward_weights[position] * forward
     loss = loss / denominator_of(samples)
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
