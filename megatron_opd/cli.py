@@ -26,7 +26,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Start every process of a run on this machine, watch it, and stop it all at the end."""
     from megatron_opd.config import load_config
     from megatron_opd.observe.console import RunConsole
-    from megatron_opd.train.supervisor import StoppedBySignal
+    from megatron_opd.runtime.supervision import StoppedBySignal
     from megatron_opd.train.supervisor import train as run_training
 
     with RunConsole() as console:
@@ -34,6 +34,25 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
             settings = load_config(config, overrides or [])
             summary = run_training(settings, console)
             console.result(summary, settings.run_dir)
+        except OpdError as error:
+            console.error(error)
+            raise typer.Exit(1) from None
+        except StoppedBySignal as stop:
+            console.error(stop)
+            raise typer.Exit(128 + stop.number) from None
+
+
+@app.command()
+def difficulty(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Measure how often the student solves each training prompt, and write a prompt file that repeats them by it."""
+    from megatron_opd.config import load_config
+    from megatron_opd.difficulty.command import estimate
+    from megatron_opd.difficulty.console import DifficultyConsole
+    from megatron_opd.runtime.supervision import StoppedBySignal
+
+    with DifficultyConsole() as console:
+        try:
+            estimate(load_config(config, overrides or []), [str(config), *(overrides or [])], console)
         except OpdError as error:
             console.error(error)
             raise typer.Exit(1) from None
@@ -53,3 +72,7 @@ def show_config() -> None:
 def main() -> None:
     """Entry point of the ``megatron-opd`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

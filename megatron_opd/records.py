@@ -1,11 +1,12 @@
-"""One frozen record per stage: Prompt -> Rollout -> Verified -> Scored -> TrainSample -> PackedBatch.
+"""One frozen record per stage: Prompt -> Rollout -> Verified -> Scored -> Calibrated -> TrainSample -> PackedBatch.
 
-Legend of shapes: P prompt tokens, R response tokens, N tokens of all rows, M rows, S sequences.
+Legend of shapes: P prompt tokens, R response tokens, K top-k tokens, N tokens of all rows, M rows, S sequences.
 
 A worked example: a prompt of P = 3 tokens ``[5, 6, 7]`` is answered with R = 2 tokens ``[8, 2]`` (2 = end of turn).
 
     Rollout      token_ids [8, 2]          logprobs [-0.5, -0.1]          versions [4, 4]
     Scored       teacher_logprobs [-0.2, -0.3]
+    Calibrated   gaps [+0.3, -0.2]         mask [yes, yes]              mean_gap 0.05   offset 0.0
     TrainSample  token_ids [5, 6, 7, 8, 2] advantages [+0.3, -0.2]        weights [0.5, 0.5]
     PackedBatch  tokens        [ 5,  6,    7,    8,   2]     (one row, one sequence)
                  labels        [ 6,  7,    8,    2,   0]     token t is the one predicted at position t
@@ -40,6 +41,7 @@ class Prompt:
     text: str  # what the user says, before the chat template
     token_ids: tuple[int, ...]  # [P] after the chat template, ends where the assistant's turn begins
     answer: str  # reference for the verifier: a number, or a JSON of tests
+    repeats: int = 1  # how often it appears in one epoch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +55,7 @@ class Rollout:
     versions: np.ndarray  # [R] int64, weight version that sampled each token
     finish_reason: Literal["stop", "length"]  # "length": cut at the token limit
     text: str  # decoded response, without special tokens
+    top_ids: np.ndarray | None = None  # [R, K] int64, most likely tokens first; None when scoring.top_k is 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,12 +68,22 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TopRows:
+    """The K most likely tokens at each position of a response. Filled by ``teachers``."""
+
+    ids: np.ndarray  # [R, K] int64, most likely first
+    logprobs: np.ndarray  # [R, K] float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Scored:
     """A verified rollout with its teacher's log-probs. Filled by ``teachers``."""
 
     verified: Verified
     teacher: str  # domain of the teacher that scored it
     teacher_logprobs: np.ndarray  # [R] float32, temperature 1
+    reference_logprobs: np.ndarray | None = None  # [R] float32, of the free reference; None without one
+    top: TopRows | None = None  # the teacher's; None when scoring.top_k is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +97,32 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Calibrated:
+    """A scored rollout with what the recipe made of it. Filled by ``recipe.objective``."""
+
+    scored: Scored
+    gaps: np.ndarray  # [R] float32, distillation term of each token's advantage, before any outcome enters
+    mask: np.ndarray  # [R] bool, tokens that may be trained on
+    mean_gap: float  # G: mean of the gaps over the mask, before calibration; nan when the mask is empty
+    offset: float  # what calibration adds to each token, nats
+    outcome_term: float  # what other outcome rewards add to each token, nats
+    topk_overlap: float | None  # mean share of tokens that the student's and the teacher's top-k rows have in common
+    balanced: bool  # false: balancing dropped it
+    trained: bool  # false: balancing, the margin mask or the sign filter dropped it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainSample:
     """One sequence to train on. Filled by ``recipe.advantage``."""
 
     token_ids: np.ndarray  # [P + R] int64
     prompt_length: int  # P
-    advantages: np.ndarray  # [R] float32, teacher log-prob minus student log-prob
+    advantages: np.ndarray  # [R] float32
     behaviour_logprobs: np.ndarray  # [R] float32, under the policy that sampled
     weights: np.ndarray  # [R] float32, share of the token in the loss before the denominator; 0 = masked
+    forward_weights: np.ndarray  # [R] float32, share of the forward KL of the token; 0 = none
+    top_ids: np.ndarray  # [R, K] int64, the teacher's; K = 0 without a forward KL
+    top_logprobs: np.ndarray  # [R, K] float32, the teacher's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,11 +134,15 @@ class PackedBatch:
     """
 
     version: int  # weight version that the samples were drawn with = index of the step
+    last: bool  # whether the run ends with this step
     denominator: float  # sum of the loss normaliser over the whole global batch
     tokens: np.ndarray  # [N] int64, rows one after the other
     labels: np.ndarray  # [N] int64, the next token of the same sequence; 0 at a sequence's last position
     advantages: np.ndarray  # [N] float32, at the position that predicts the token
     behaviour_logprobs: np.ndarray  # [N] float32
     weights: np.ndarray  # [N] float32
+    forward_weights: np.ndarray  # [N] float32
+    top_ids: np.ndarray  # [N, K] int64
+    top_logprobs: np.ndarray  # [N, K] float32
     row_offsets: np.ndarray  # [M + 1] int64: row m is tokens[row_offsets[m]:row_offsets[m + 1]], one micro-batch
     sequence_offsets: np.ndarray  # [S + 1] int64: a sequence never crosses a row

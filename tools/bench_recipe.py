@@ -17,8 +17,8 @@ from itertools import product
 
 import numpy as np
 
+from megatron_opd.config import CalibrationConfig
 from megatron_opd.recipe.calibrate import calibrate
-from megatron_opd.recipe.calibration_options import CalibrationOptions
 
 TARGETS_MS = {(64, 16): 1.0, (4096, 64): 100.0}
 LARGEST_GREEDY_LOOP = 1024
@@ -32,21 +32,21 @@ def batch(groups: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.normal(-0.3, 0.06, len(names)), outcomes, names
 
 
-def modes() -> Iterator[CalibrationOptions]:
+def modes() -> Iterator[CalibrationConfig]:
     """Every combination that does something else."""
-    yield CalibrationOptions("none")
+    yield CalibrationConfig(method="none")
     for scope in ("group", "global"):
         for margin, direction in product(("mean", "minmax", "hinge"), ("lift", "drop", "spread", "balanced")):
-            yield CalibrationOptions("shift", margin, scope, direction, delta=0.05)
-        yield CalibrationOptions("shift", "mean", scope, delta=1.0, delta_unit="sigma")
+            yield CalibrationConfig(method="shift", margin=margin, scope=scope, direction=direction, delta=0.05)
+        yield CalibrationConfig(method="shift", margin="mean", scope=scope, delta=1.0, delta_unit="sigma")
         for margin in ("mean", "minmax"):
-            yield CalibrationOptions("mask", margin, scope, delta=0.05)
+            yield CalibrationConfig(method="mask", margin=margin, scope=scope, delta=0.05)
     for margin in ("mean", "minmax"):
-        yield CalibrationOptions("mask_group", margin, delta=0.05)
+        yield CalibrationConfig(method="mask_group", margin=margin, delta=0.05)
 
 
 def loop(
-    returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, options: CalibrationOptions
+    returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, options: CalibrationConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and keep mask, unit by unit."""
     offsets, keep = np.zeros(len(returns)), np.ones(len(returns), dtype=bool)
@@ -73,7 +73,7 @@ def gap(good: np.ndarray, bad: np.ndarray, margin: str) -> float:
 
 
 def loop_shift(
-    good: np.ndarray, bad: np.ndarray, delta: float, options: CalibrationOptions
+    good: np.ndarray, bad: np.ndarray, delta: float, options: CalibrationConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of both sides of one unit."""
     shift = max(0.0, delta - gap(good, bad, options.margin))
@@ -92,7 +92,7 @@ def loop_shift(
 
 
 def loop_greedy(
-    returns: np.ndarray, good: np.ndarray, bad: np.ndarray, delta: float, options: CalibrationOptions, keep: np.ndarray
+    returns: np.ndarray, good: np.ndarray, bad: np.ndarray, delta: float, options: CalibrationConfig, keep: np.ndarray
 ) -> None:
     """Removes the worst of either side of one unit, one by one; these random returns have no ties."""
     good, bad = good[np.argsort(returns[good])], bad[np.argsort(-returns[bad])]

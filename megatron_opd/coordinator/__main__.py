@@ -19,12 +19,14 @@ from megatron_opd.coordinator.loop import Loop
 from megatron_opd.coordinator.stages import Stages
 from megatron_opd.coordinator.summary import summary
 from megatron_opd.data.inputs import read_inputs
-from megatron_opd.data.stream import PromptStream
+from megatron_opd.data.pass_rates import read_pass_rates
+from megatron_opd.data.stream import LazyStream, PromptStream
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.observe.role import run_role
+from megatron_opd.records import Prompt
 from megatron_opd.runtime.env import token
 from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.rundir import RunDirectory
@@ -39,24 +41,31 @@ async def coordinate(run: RunDirectory) -> None:
     began, config, endpoints = time.time(), run.config(), run.endpoints()
     recorder, board = Recorder(run.events, run.metrics), BatchBoard()
     tokenizer = load_tokenizer(config.student.model)
+    tokenizer.save_pretrained(str(run.tokenizer))
     train, held_out = read_inputs(config, tokenizer)
     logger.info("%d training prompts, %d held-out prompts", len(train), len(held_out))
     async with AsyncExitStack() as stack:
         await _serve(stack, board, endpoints.coordinator)
-        engine = RolloutEngine(await _client(stack, endpoints.rollout, config), tokenizer, config.scoring.attempts)
+        attempts, top_k = config.scoring.attempts, config.scoring.top_k
+        engine = RolloutEngine(await _client(stack, endpoints.rollout, config), tokenizer, attempts, top_k)
         clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
+        reference = await _client(stack, endpoints.reference, config) if endpoints.reference else None
         verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
         stack.push_async_callback(verifiers.close)
         loop = Loop(
             config=config,
-            stages=Stages(engine, verifiers, _teachers(config, clients), config.rollout),
-            graders={d: RolloutEngine(client, tokenizer, config.scoring.attempts) for d, client in clients.items()},
-            stream=PromptStream(train, config.seed),
+            stages=Stages(
+                engine, verifiers, _teachers(config, clients, reference), config.rollout, config.balance, config.seed
+            ),
+            graders={domain: RolloutEngine(client, tokenizer, attempts) for domain, client in clients.items()},
+            stream=_stream(config, train),
             held_out=first_of_each_domain(held_out, config.evaluation.limit),
             board=board,
             recorder=recorder,
+            run_directory=run,
         )
-        await _servers_ready([endpoints.rollout, *endpoints.teachers.values()], config.engine.start_timeout_s)
+        servers = [endpoints.rollout, *endpoints.teachers.values(), *filter(None, [endpoints.reference])]
+        await _servers_ready(servers, config.engine.start_timeout_s)
         logger.info("all servers answer: %s", endpoints)
         await loop.run()
         info = await engine.client.server_info()
@@ -83,11 +92,19 @@ async def _client(stack: AsyncExitStack, url: str, config: Config) -> SGLangClie
     return client
 
 
-def _teachers(config: Config, clients: dict[str, SGLangClient]) -> TeacherPool:
+def _teachers(config: Config, clients: dict[str, SGLangClient], reference: SGLangClient | None) -> TeacherPool:
     teachers = [
         Teacher(domain, client, _vocab_size(config.teachers[domain].model)) for domain, client in clients.items()
     ]
-    return TeacherPool(teachers, config.scoring.attempts)
+    free = Teacher("reference", reference, _vocab_size(config.reference.model)) if reference else None
+    return TeacherPool(teachers, config.scoring.attempts, reference=free, top_k=config.scoring.top_k)
+
+
+def _stream(config: Config, prompts: list[Prompt]) -> PromptStream:
+    lazy = config.data.lazy
+    if lazy is None:
+        return PromptStream(prompts, config.seed)
+    return LazyStream(prompts, config.seed, lazy, read_pass_rates(lazy.start) if lazy.start else None)
 
 
 def _vocab_size(model: Path) -> int:

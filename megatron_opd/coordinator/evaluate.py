@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_opd.config import Config
@@ -32,29 +33,42 @@ class Accuracy:
         return None if value is None else (value * (1 - value) / self.graded) ** 0.5
 
 
+@dataclass(frozen=True)
+class Graded:
+    """What one model made of one held-out prompt."""
+
+    prompt: Prompt
+    outcomes: list[Outcome]
+    tokens: int  # generated for it
+
+
 async def evaluate(
-    engine: RolloutEngine, verifiers: VerifierPool, prompts: list[Prompt], config: Config
-) -> dict[str, Accuracy]:
-    """Accuracy of the model behind ``engine`` on ``prompts``, by domain. Raises EngineError when it does not answer."""
+    engine: RolloutEngine, verifiers: VerifierPool, prompts: Sequence[Prompt], config: Config
+) -> list[Graded]:
+    """Outcomes of the model behind ``engine`` on each of ``prompts``. Raises EngineError when it does not answer."""
     settings = config.evaluation
 
-    async def grade(prompt: Prompt) -> tuple[str, list[Outcome], int]:
+    async def grade(prompt: Prompt) -> Graded:
         rollouts = await engine.sample_group(
-            prompt, 0, settings.samples_per_prompt, config.rollout.max_new_tokens, settings.temperature
+            prompt, 0, settings.samples_per_prompt, config.rollout.max_new_tokens, temperature=settings.temperature
         )
         verdicts = await asyncio.gather(*(verifiers.verify(prompt.domain, r.text, prompt.answer) for r in rollouts))
-        return prompt.domain, [verdict.outcome for verdict in verdicts], sum(len(r.token_ids) for r in rollouts)
+        outcomes = [verdict.outcome for verdict in verdicts]
+        return Graded(prompt, outcomes, sum(len(rollout.token_ids) for rollout in rollouts))
 
-    graded = await asyncio.gather(*(grade(prompt) for prompt in prompts))
-    return {
-        domain: _accuracy([row for row in graded if row[0] == domain]) for domain in sorted({p.domain for p in prompts})
-    }
+    return await asyncio.gather(*(grade(prompt) for prompt in prompts))
 
 
-def _accuracy(rows: list[tuple[str, list[Outcome], int]]) -> Accuracy:
-    outcomes = [outcome for _, outcomes, _ in rows for outcome in outcomes]
+def accuracies(graded: Sequence[Graded]) -> dict[str, Accuracy]:
+    """Accuracy by domain."""
+    domains = sorted({item.prompt.domain for item in graded})
+    return {domain: _accuracy([item for item in graded if item.prompt.domain == domain]) for domain in domains}
+
+
+def _accuracy(graded: Sequence[Graded]) -> Accuracy:
+    outcomes = [outcome for item in graded for outcome in item.outcomes]
     correct, unknown = outcomes.count(Outcome.CORRECT), outcomes.count(Outcome.UNKNOWN)
-    return Accuracy(correct, len(outcomes) - unknown, unknown, sum(tokens for _, _, tokens in rows))
+    return Accuracy(correct, len(outcomes) - unknown, unknown, sum(item.tokens for item in graded))
 
 
 def first_of_each_domain(prompts: list[Prompt], limit: int | None) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """The coordinator's loop: what on-policy distillation does, step by step.
 
-    wait until weights k are live -> draw prompts -> generate groups -> verify -> score -> advantages -> pack -> offer
+    wait until weights k are live -> draw prompts -> generate groups -> verify -> balance -> score -> calibrate -> pack
+    -> offer
 
 Strictly on-policy: batch k holds rollouts of weights k only, and the next one is begun when weights k + 1 are live.
 """
@@ -8,33 +9,35 @@ Strictly on-policy: batch k holds rollouts of weights k only, and the next one i
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megatron_opd.config import Config
 from megatron_opd.coordinator.app import BatchBoard
-from megatron_opd.coordinator.evaluate import Accuracy, evaluate
+from megatron_opd.coordinator.evaluate import Accuracy, Graded, accuracies, evaluate
+from megatron_opd.coordinator.metrics import step_metrics
 from megatron_opd.coordinator.stages import Stages, StepRollouts, check_dropped_share, drop_reasons
+from megatron_opd.data.pass_rates import write_pass_rates
 from megatron_opd.data.stream import PromptStream
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.observe.recorder import Recorder
-from megatron_opd.recipe.advantage import train_sample
-from megatron_opd.recipe.diagnostics import rollout_metrics
+from megatron_opd.observe.trajectories import write_trajectories
+from megatron_opd.recipe.objective import StepObjective, step_objective
 from megatron_opd.recipe.pack import pack
-from megatron_opd.records import PackedBatch, Prompt
-from megatron_opd.runtime.messages import RefreshReport
+from megatron_opd.records import Outcome, Prompt
+from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.runtime.wire import encode
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Totals:
     """Tokens since the start."""
 
-    generated: int = 0
+    generated: int = 0  # for training and evaluation
+    sampled: int = 0  # for training alone
     scored: int = 0
     trained: int = 0
 
@@ -50,6 +53,8 @@ class Loop:
     held_out: Sequence[Prompt]
     board: BatchBoard
     recorder: Recorder
+    run_directory: RunDirectory
+    groups: int = 0  # of rollouts, over all steps: the number of the next one
     totals: Totals = field(default_factory=Totals)
     evaluations: dict[str, dict[str, Accuracy]] = field(default_factory=dict)
 
@@ -57,78 +62,115 @@ class Loop:
         """Drive the run to its end."""
         start = await self.board.live(0)
         self.recorder.event("live", **start.model_dump())
-        await self._evaluate("before", with_teachers=self.config.evaluation.teachers)
-        for step in range(self.config.steps):
-            await self._step(step)
+        if self.config.evaluation.before:
+            await self._evaluate("before", with_teachers=self.config.evaluation.teachers)
+        step, last = 0, False
+        while not last:
+            last = await self._step(step)
+            step += 1
         await self._evaluate("after", with_teachers=False)
 
-    async def _step(self, step: int) -> None:
+    async def _step(self, step: int) -> bool:
+        """One optimizer step; true when it was the last."""
         began = time.monotonic()
-        prompts = self.stream.take(self.config.rollout.prompts_per_step)
-        rollouts = await self.stages.collect(prompts, version=step, first_group=step * len(prompts))
-        if rollouts.dropped:
-            self.recorder.event("dropped", step=step + 1, reasons=drop_reasons(rollouts.dropped))
-        check_dropped_share(rollouts.dropped, self._rollouts_per_step, self.config.scoring.max_dropped_share)
-        batches = self._batches(rollouts, version=step)
+        rollouts = await self.stages.collect(self.stream.take, version=step, first_group=self.groups)
+        self.groups += self.config.rollout.prompts_per_step + rollouts.refills
+        self._check_dropped(rollouts, step)
+        objective = step_objective(rollouts.scored, np.array(rollouts.balanced, dtype=bool), self.config, step)
+        self._count(rollouts, objective)
+        last = self._is_last(step)
+        student = self.config.student
+        batches = pack(objective.samples, student.row_tokens, student.data_parallel, version=step, last=last)
         offered = time.monotonic()
         await self.board.publish(step, [encode(batch) for batch in batches])
+        await self._keep_trajectories(step, rollouts, objective)  # while the student trains
         report = await self.board.live(step + 1)
-        self._record(step, rollouts, report, collect_s=offered - began, step_s=time.monotonic() - began)
+        spent = time.monotonic() - began
+        scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
+        times = {"time/collect_s": offered - began, "time/step_s": spent, "perf/tokens_per_s": scored / spent}
+        self.recorder.step(step + 1, step_metrics(rollouts, objective, report) | times)
+        return last
 
-    def _batches(self, rollouts: StepRollouts, version: int) -> list[PackedBatch]:
-        loss, student = self.config.loss, self.config.student
-        samples = [train_sample(scored, loss.max_gap, loss.normalize) for scored in rollouts.scored]
-        batches = pack(samples, student.row_tokens, student.data_parallel, version)
-        self.totals.trained += sum(int((batch.weights > 0).sum()) for batch in batches)
-        return batches
+    def _is_last(self, step: int) -> bool:
+        limit = self.config.max_generated_tokens
+        return step + 1 == self.config.steps or (limit is not None and self.totals.sampled >= limit)
 
-    @property
-    def _rollouts_per_step(self) -> int:
-        return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
+    def _check_dropped(self, rollouts: StepRollouts, step: int) -> None:
+        dropped = [drop for _, drop in rollouts.dropped]
+        if dropped:
+            self.recorder.event("dropped", step=step + 1, reasons=drop_reasons(dropped))
+        check_dropped_share(dropped, len(rollouts.verified), self.config.scoring.max_dropped_share)
 
-    def _record(
-        self, step: int, rollouts: StepRollouts, report: RefreshReport, *, collect_s: float, step_s: float
-    ) -> None:
-        tokens = sum(len(scored.teacher_logprobs) for scored in rollouts.scored)
-        self.totals.scored += tokens
-        self.totals.generated += rollouts.generated_tokens
-        metrics = rollout_metrics(rollouts.scored, self.config.loss.max_gap)
-        metrics |= report.training
-        metrics |= {
-            "teacher/dropped": len(rollouts.dropped),
-            "refresh/seconds": report.refresh_s,
-            "refresh/probe_difference": report.probe_difference,
-            **{f"time/{stage}_s": seconds for stage, seconds in rollouts.stage_seconds.items()},
-            "time/collect_s": collect_s,
-            "time/step_s": step_s,
-            "perf/tokens_per_s": tokens / step_s,
-        }
-        self.recorder.step(step + 1, metrics)
-        logger.info(
-            "step %d: %d rollouts in %.2f s, %d dropped",
-            step + 1,
-            len(rollouts.scored),
-            collect_s,
-            len(rollouts.dropped),
+    def _count(self, rollouts: StepRollouts, objective: StepObjective) -> None:
+        """Add the step to the totals, and its outcomes to what is known of the prompts."""
+        sampled = sum(len(item.rollout.token_ids) for item in rollouts.verified)
+        self.totals.generated += sampled
+        self.totals.sampled += sampled
+        self.totals.scored += sum(len(item.teacher_logprobs) for item in rollouts.scored)
+        self.totals.trained += sum(int((sample.weights > 0).sum()) for sample in objective.samples)
+        self.stream.observe([(item.rollout.prompt.id, item.outcome) for item in rollouts.verified])
+
+    async def _keep_trajectories(self, step: int, rollouts: StepRollouts, objective: StepObjective) -> None:
+        every = self.config.record.trajectories_every
+        if every and step % every == 0:
+            await asyncio.to_thread(
+                write_trajectories,
+                self.run_directory.trajectories / f"step_{step + 1:06d}.parquet",
+                step + 1,
+                objective.rollouts,
+                rollouts.unscored,
+                rollouts.dropped,
+            )
+        await asyncio.to_thread(self._write_pass_rates)
+
+    def _write_pass_rates(self) -> None:
+        prompts = self.stream.prompts
+        graded, passes = self.stream.pass_counts()
+        write_pass_rates(
+            self.run_directory.pass_rates,
+            [prompt.id for prompt in prompts],
+            [prompt.domain for prompt in prompts],
+            graded,
+            graded,
+            passes,
+            model=str(self.config.student.model),
+            settings={
+                "temperature": 1.0,
+                "max_new_tokens": self.config.rollout.max_new_tokens,
+                "policy": "in training",
+            },
         )
 
     async def _evaluate(self, when: str, *, with_teachers: bool) -> None:
         if not self.held_out:
             return
         self.recorder.event("evaluating", when=when, prompts=len(self.held_out))
-        jobs = {when: self._accuracy(self.stages.engine, self.held_out)}
+        jobs = {when: self._grade(self.stages.engine, self.held_out)}
         for domain, grader in self.graders.items() if with_teachers else ():
-            own = [prompt for prompt in self.held_out if prompt.domain == domain]
-            jobs[f"teacher {domain}"] = self._accuracy(grader, own)
-        results = await asyncio.gather(*jobs.values())
-        self.evaluations[when] = results[0]
-        for result in results[1:]:
-            self.evaluations["teacher"] = self.evaluations.get("teacher", {}) | result
-        for name, accuracies in zip(jobs, results, strict=True):
-            shares = {domain: accuracy.value for domain, accuracy in accuracies.items()}
+            jobs[f"teacher {domain}"] = self._grade(grader, [item for item in self.held_out if item.domain == domain])
+        results = dict(zip(jobs, await asyncio.gather(*jobs.values()), strict=True))
+        self._write_evaluation(when, results[when])
+        for name, graded in results.items():
+            found = accuracies(graded)
+            kind = when if name == when else "teacher"
+            self.evaluations[kind] = self.evaluations.get(kind, {}) | found
+            shares = {domain: accuracy.value for domain, accuracy in found.items()}
             self.recorder.event("evaluated", when=name, accuracy=shares)
 
-    async def _accuracy(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> dict[str, Accuracy]:
-        accuracies = await evaluate(engine, self.stages.verifiers, list(prompts), self.config)
-        self.totals.generated += sum(accuracy.tokens for accuracy in accuracies.values())
-        return accuracies
+    async def _grade(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Graded]:
+        graded = await evaluate(engine, self.stages.verifiers, prompts, self.config)
+        self.totals.generated += sum(item.tokens for item in graded)
+        return graded
+
+    def _write_evaluation(self, when: str, graded: Sequence[Graded]) -> None:
+        """Passes of each held-out prompt, so that any part of them can be looked at later."""
+        write_pass_rates(
+            self.run_directory.evaluation(when),
+            [item.prompt.id for item in graded],
+            [item.prompt.domain for item in graded],
+            [len(item.outcomes) for item in graded],
+            [sum(outcome != Outcome.UNKNOWN for outcome in item.outcomes) for item in graded],
+            [item.outcomes.count(Outcome.CORRECT) for item in graded],
+            model=str(self.config.student.model),
+            settings=self.config.evaluation.model_dump() | {"when": when},
+        )

@@ -1,37 +1,54 @@
-"""The life of a group of rollouts: generate -> verify -> score. Groups run side by side."""
+"""The life of a step's rollouts: generate -> verify -> balance -> score. Groups run side by side."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
-from megatron_opd.config import RolloutConfig
+import numpy as np
+
+from megatron_opd.config import BalanceConfig, RolloutConfig
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.errors import EngineError
+from megatron_opd.recipe.balance import balance, refill_needed
 from megatron_opd.records import Dropped, Prompt, Rollout, Scored, Verified
 from megatron_opd.teachers.pool import TeacherPool
 from megatron_opd.verifiers.pool import VerifierPool
 
+STAGES = ("generate", "verify", "score")
 
-@dataclass(frozen=True)
+
+@dataclass
 class StepRollouts:
-    """Everything that became of one step's prompts."""
+    """Everything that became of one step's prompts. Filled group by group; each rollout is in exactly one list."""
 
-    scored: list[Scored]
-    dropped: list[Dropped]
-    generated_tokens: int  # of all rollouts, dropped ones too
-    stage_seconds: dict[str, float]  # mean over groups of the time in "generate", "verify" and "score"
+    scored: list[Scored] = field(default_factory=list)
+    balanced: list[bool] = field(default_factory=list)  # one for each of ``scored``: false where balancing dropped it
+    unscored: list[Verified] = field(default_factory=list)  # what balancing dropped before it was scored
+    dropped: list[tuple[Verified, Dropped]] = field(default_factory=list)  # lost to a failed teacher call
+    stage_seconds: list[tuple[float, float, float]] = field(default_factory=list)  # of each group, as STAGES
+    refills: int = 0  # prompts that were drawn to make up for what balancing dropped
 
+    @property
+    def verified(self) -> list[Verified]:
+        """Every rollout of the step."""
+        return [*(item.verified for item in self.scored), *self.unscored, *(item for item, _ in self.dropped)]
 
-@dataclass(frozen=True)
-class _Group:
-    """What became of one prompt."""
+    def extend(self, part: StepRollouts) -> None:
+        """Take in what became of further groups."""
+        self.scored += part.scored
+        self.balanced += part.balanced
+        self.unscored += part.unscored
+        self.dropped += part.dropped
+        self.stage_seconds += part.stage_seconds
 
-    results: list[Scored | Dropped]
-    generated_tokens: int
-    stage_seconds: dict[str, float]
+    @property
+    def mean_stage_seconds(self) -> dict[str, float]:
+        """Mean time of a group in each stage."""
+        return dict(zip(STAGES, np.mean(self.stage_seconds, axis=0).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -42,27 +59,40 @@ class Stages:
     verifiers: VerifierPool
     teachers: TeacherPool
     rollout: RolloutConfig
+    balancing: BalanceConfig | None
+    seed: int
 
-    async def collect(self, prompts: list[Prompt], version: int, first_group: int) -> StepRollouts:
-        """Scored rollouts of ``prompts``, all drawn with the weights of ``version``.
+    async def collect(self, draw: Callable[[int], list[Prompt]], version: int, first_group: int) -> StepRollouts:
+        """Scored rollouts of a step, all drawn with the weights of ``version``; ``draw(n)`` gives the next n prompts.
 
-        Raises EngineError when the rollout engine fails for good, or when a token was drawn with other weights.
+        The order of the result is that of the prompts, whichever is ready first. Raises EngineError when the rollout
+        engine fails for good, or when a token was drawn with other weights.
         """
-        groups = await asyncio.gather(
-            *(self._group(prompt, first_group + i, version) for i, prompt in enumerate(prompts))
-        )
-        results = [result for group in groups for result in group.results]
-        return StepRollouts(
-            scored=[result for result in results if isinstance(result, Scored)],
-            dropped=[result for result in results if isinstance(result, Dropped)],
-            generated_tokens=sum(group.generated_tokens for group in groups),
-            stage_seconds={
-                stage: sum(group.stage_seconds[stage] for group in groups) / len(groups)
-                for stage in ("generate", "verify", "score")
-            },
-        )
+        step, drawn, wanted = StepRollouts(), 0, self.rollout.prompts_per_step
+        rounds = 1 + (self.balancing.refill_rounds if self.balancing else 0)
+        while rounds > 0 and wanted > 0:
+            for part in await self._round(draw(wanted), version, first_group + drawn):
+                step.extend(part)
+            rounds, drawn, wanted = rounds - 1, drawn + wanted, self._lacking(step)
+        step.refills = drawn - self.rollout.prompts_per_step
+        return step
 
-    async def _group(self, prompt: Prompt, group: int, version: int) -> _Group:
+    async def _round(self, prompts: list[Prompt], version: int, first_group: int) -> list[StepRollouts]:
+        """Take ``prompts`` through all stages; a group is balanced and scored alone, unless the step is one unit."""
+        sampling = [self._sample(prompt, first_group + i, version) for i, prompt in enumerate(prompts)]
+        if self.balancing is not None and self.balancing.scope == "global":
+            groups = await asyncio.gather(*sampling)
+            everything = [item for verified, _ in groups for item in verified]
+            return [await self._balance_and_score(everything, [seconds for _, seconds in groups], version)]
+
+        async def whole(sampled: Awaitable[tuple[list[Verified], tuple[float, float]]]) -> StepRollouts:
+            verified, seconds = await sampled
+            return await self._balance_and_score(verified, [seconds], version)
+
+        return await asyncio.gather(*map(whole, sampling))
+
+    async def _sample(self, prompt: Prompt, group: int, version: int) -> tuple[list[Verified], tuple[float, float]]:
+        """Verified rollouts of one prompt, and the seconds that generating and verifying took."""
         began = time.monotonic()
         rollouts = await self.engine.sample_group(
             prompt, group, self.rollout.samples_per_prompt, self.rollout.max_new_tokens
@@ -71,10 +101,43 @@ class Stages:
             self._check_on_policy(rollout, version)
         generated = time.monotonic()
         verified = await asyncio.gather(*(self.verify(rollout) for rollout in rollouts))
-        graded = time.monotonic()
-        results = list(await asyncio.gather(*(self.teachers.score(item) for item in verified)))
-        seconds = {"generate": generated - began, "verify": graded - generated, "score": time.monotonic() - graded}
-        return _Group(results, sum(len(rollout.token_ids) for rollout in rollouts), seconds)
+        return list(verified), (generated - began, time.monotonic() - generated)
+
+    async def _balance_and_score(
+        self, verified: list[Verified], seconds: Sequence[tuple[float, float]], version: int
+    ) -> StepRollouts:
+        """Score what balancing keeps, or all where it comes after scoring."""
+        began = time.monotonic()
+        keep = self._keep(verified, version)
+        score_all = self.balancing is not None and self.balancing.order == "after_scoring"
+        asked = [(item, kept) for item, kept in zip(verified, keep, strict=True) if kept or score_all]
+        part = StepRollouts(
+            unscored=[item for item, kept in zip(verified, keep, strict=True) if not kept and not score_all]
+        )
+        results = await asyncio.gather(*(self.teachers.score(item) for item, _ in asked))
+        for (item, kept), result in zip(asked, results, strict=True):
+            if isinstance(result, Scored):
+                part.scored.append(result)
+                part.balanced.append(kept)
+            else:
+                part.dropped.append((item, result))
+        part.stage_seconds += [(*pair, time.monotonic() - began) for pair in seconds]
+        return part
+
+    def _keep(self, verified: list[Verified], version: int) -> list[bool]:
+        if self.balancing is None:
+            return [True] * len(verified)
+        outcomes = np.array([item.outcome for item in verified], dtype=np.int8)
+        groups = np.array([item.rollout.group for item in verified], dtype=np.int64)
+        return balance(outcomes, groups, self.balancing, self.seed, version).keep.tolist()
+
+    def _lacking(self, step: StepRollouts) -> int:
+        """Prompts to draw so that the step has its size; failed teacher calls are not made up for."""
+        if self.balancing is None:
+            return 0
+        kept = [*step.balanced, *[True] * len(step.dropped), *[False] * len(step.unscored)]
+        samples = self.rollout.samples_per_prompt
+        return refill_needed(np.array(kept, dtype=bool), self.rollout.prompts_per_step * samples, samples).prompts
 
     async def verify(self, rollout: Rollout) -> Verified:
         """The rollout with its outcome."""

@@ -19,7 +19,7 @@ def summary(
     return {
         "name": config.name,
         "seed": config.seed,
-        "steps": config.steps,
+        "steps": len(reports) - 1,
         "wall_s": round(wall_s, 1),
         "eval": _evaluations(evaluations),
         "tokens": asdict(totals),

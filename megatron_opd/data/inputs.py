@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and held-out prompts (empty without ``data.eval``). Raises DataError."""
+    data = config.data
+    once = (data.eval_columns or data.columns).model_copy(update={"repeats": None})  # repeats belong to training
+    held_out = _read(config, data.eval, once, tokenizer) if data.eval else []
+    return read_training(config, tokenizer), held_out
+
+
+def read_training(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Training prompts only. Raises DataError."""
+    return _read(config, config.data.train, config.data.columns, tokenizer)
+
+
+def _read(config: Config, path: Path, columns: ColumnsConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     data, domains = config.data, set(config.teachers)
-
-    def read(path: Path, columns: ColumnsConfig) -> list[Prompt]:
-        return read_prompts(path, columns, data.default_domain, domains, tokenizer, data.max_prompt_tokens)
-
-    held_out = read(data.eval, data.eval_columns or data.columns) if data.eval else []
-    return read(data.train, data.columns), held_out
+    return read_prompts(path, columns, data.default_domain, domains, tokenizer, data.max_prompt_tokens)

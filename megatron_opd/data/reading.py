@@ -6,7 +6,8 @@ A line of a file with the default columns, and the Prompt it becomes:
     Prompt(id="train.jsonl:1", domain="math", text="Compute 2 + 3.", token_ids=(1, 92, ...), answer="5")
 
 ``prompt`` is the user's text, or a list of chat messages that ends with the user's. ``answer`` is a string, a number,
-or an object, which becomes its JSON text (``{"fn_name": "f", "inputs": ..., "outputs": ...}`` for code).
+or an object, which becomes its JSON text (``{"fn_name": "f", "inputs": ..., "outputs": ...}`` for code). A file that
+``megatron-opd difficulty`` wrote also says how often a record appears in one epoch: ``columns.repeats``.
 
 The whole file is checked before an error is raised, and the first ten flaws are told:
 
@@ -51,7 +52,7 @@ def read_prompts(
 ) -> list[Prompt]:
     """All prompts of a .jsonl, .jsonl.gz or .parquet file, in its order. Raises DataError."""
     reader = _Reader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens)
-    wanted = [columns.prompt, columns.answer, columns.domain, columns.id]
+    wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats]
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}  # of the row that has the id
     flaws: list[tuple[int, Flaw]] = []
@@ -93,6 +94,7 @@ class _Reader:
             text=messages[-1]["content"],
             token_ids=self._token_ids(messages),
             answer=_answer(self.columns.answer, record.get(self.columns.answer, MISSING)),
+            repeats=self._repeats(record),
         )
 
     def _id(self, record: dict, number: int) -> str:
@@ -114,6 +116,13 @@ class _Reader:
         if not isinstance(value, str) or value not in self.domains:
             known = f"one of {', '.join(sorted(self.domains))}"
             raise Flaw(column or "domain", _show(value), known, "correct the name, or add a teacher for the domain")
+        return value
+
+    def _repeats(self, record: dict) -> int:
+        column = self.columns.repeats
+        value = 1 if column is None else record.get(column, MISSING)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise Flaw(column, _show(value), "a whole number >= 1", RENAME if value is MISSING else RETYPE)
         return value
 
     def _token_ids(self, messages: list[dict]) -> tuple[int, ...]:

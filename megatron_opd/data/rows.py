@@ -34,8 +34,8 @@ class Row:
         return self.content if isinstance(self.content, dict) else _parse_line(self.content)
 
 
-def read_rows(path: Path, columns: list[str]) -> Iterator[Row]:
-    """The rows of a file in order; of a parquet file only ``columns``.
+def read_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    """The rows of a file in order; of a parquet file only ``columns``, or all when it is None.
 
     Raises DataError if the file as a whole cannot be read, or lacks a column (parquet).
     """
@@ -91,13 +91,13 @@ def _excerpt(text: str, position: int, width: int = 30) -> str:
     return ("..." if begin else "") + text[begin:end].rstrip() + ("..." if end < len(text) else "")
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, columns)
+            _check_columns(path, file.schema_arrow.names, columns or [])
             number = 0
             for batch in file.iter_batches(columns=columns):
                 for record in batch.to_pylist():

@@ -13,20 +13,34 @@ if TYPE_CHECKING:
 
 
 class RolloutEngine:
-    """Samples a model behind ``client``; ``tokenizer`` only decodes, prompts come as token ids."""
+    """Samples a model behind ``client``; ``tokenizer`` only decodes, prompts come as token ids.
 
-    def __init__(self, client: SGLangClient, tokenizer: PreTrainedTokenizerBase, attempts: int) -> None:
+    ``top_ids``: most likely ids that are fetched in the place of each token; 0 fetches none.
+    """
+
+    def __init__(
+        self, client: SGLangClient, tokenizer: PreTrainedTokenizerBase, attempts: int, top_ids: int = 0
+    ) -> None:
         self.client = client
         self._tokenizer = tokenizer
         self._attempts = attempts
+        self._top_ids = top_ids
 
     async def sample_group(
-        self, prompt: Prompt, group: int, samples: int, max_new_tokens: int, temperature: float = 1.0
+        self,
+        prompt: Prompt,
+        group: int,
+        samples: int,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
     ) -> list[Rollout]:
         """``samples`` rollouts of ``prompt``, all tried again when the server fails. Raises EngineError."""
-        sampling = Sampling(max_new_tokens, temperature, (self._tokenizer.eos_token_id,))
+        sampling = Sampling(max_new_tokens, temperature, (self._tokenizer.eos_token_id,), top_p, top_k)
         generations = await with_retries(
-            self._attempts, lambda: self.client.generate(prompt.token_ids, samples, sampling)
+            self._attempts, lambda: self.client.generate(prompt.token_ids, samples, sampling, self._top_ids)
         )
         return [self._rollout(prompt, group, generation) for generation in generations]
 
@@ -39,4 +53,5 @@ class RolloutEngine:
             versions=generation.versions,
             finish_reason=generation.finish_reason,
             text=self._tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True),
+            top_ids=generation.top_ids,
         )

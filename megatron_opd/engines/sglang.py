@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import TransientError, fetch, new_session
 
@@ -21,6 +22,8 @@ class Sampling:
     max_new_tokens: int
     temperature: float  # 0 is greedy
     stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0  # nucleus; the log-probs that come back are those of the whole distribution all the same
+    top_k: int | None = None  # most likely tokens to draw from; None: all
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class Generation:
     logprobs: np.ndarray  # [R] float32, of the sampled tokens; at temperature 1 those of the model
     versions: np.ndarray  # [R] int64, weight version of each token; -1 before the first refresh
     finish_reason: str  # "stop" or "length"
+    top_ids: np.ndarray | None  # [R, K] int64, most likely first, before top_p and top_k; None when not asked for
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,13 @@ class SGLangClient:
 
     # --------------------------------------------------------------- sampling
 
-    async def generate(self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling) -> list[Generation]:
-        """Draw ``samples`` responses to one prompt.
+    async def generate(
+        self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling, top_ids: int = 0
+    ) -> list[Generation]:
+        """Draw ``samples`` responses to one prompt, each token with the ``top_ids`` most likely ids in its place.
 
-        Raises TransientError when the server aborted a response, EngineError when its answer breaks the contract.
+        A ``top_ids`` above the model's vocabulary ends the whole server. Raises TransientError when the server aborted
+        a response, EngineError when its answer breaks the contract.
         """
         body = {
             "input_ids": list(prompt_ids),
@@ -77,15 +84,22 @@ class SGLangClient:
                 "temperature": sampling.temperature,
                 "max_new_tokens": sampling.max_new_tokens,
                 "stop_token_ids": list(sampling.stop_token_ids),
+                "top_p": sampling.top_p,
+                "top_k": -1 if sampling.top_k is None else sampling.top_k,
             },
             "return_logprob": True,
         }
+        if top_ids:
+            body["top_logprobs_num"] = top_ids
         answer = await self._post("/generate", body)
         replies = answer if isinstance(answer, list) else [answer]
         self._check(len(replies) == samples, "number of responses", len(replies), samples)
-        return [self._parse_generation(reply) for reply in replies]
+        try:
+            return [self._parse_generation(reply, top_ids) for reply in replies]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise EngineError("The server's response is malformed", where=self.url, got=repr(error)) from error
 
-    def _parse_generation(self, reply: dict) -> Generation:
+    def _parse_generation(self, reply: dict, top_ids: int) -> Generation:
         meta, token_ids = reply["meta_info"], np.array(reply["output_ids"], dtype=np.int64)
         finish = meta["finish_reason"]
         if finish["type"] == "abort":
@@ -95,9 +109,19 @@ class SGLangClient:
         logprobs, echoed = split_rows(meta["output_token_logprobs"])
         self._check(np.array_equal(echoed, token_ids), "ids beside the log-probs", echoed[:8], token_ids[:8])
         self._check(bool(np.isfinite(logprobs).all()), "log-probs", "a value that is not finite", "finite values")
+        self._check(bool((logprobs <= LARGEST_LOGPROB).all()), "log-probs", logprobs.max(), "at most 0")
         return Generation(
-            token_ids, logprobs, self._token_versions(meta["weight_versions"], len(token_ids)), finish["type"]
+            token_ids=token_ids,
+            logprobs=logprobs,
+            versions=self._token_versions(meta["weight_versions"], len(token_ids)),
+            finish_reason=finish["type"],
+            top_ids=self._top_ids(meta, token_ids, logprobs, top_ids) if top_ids else None,
         )
+
+    def _top_ids(self, meta: dict, token_ids: np.ndarray, logprobs: np.ndarray, k: int) -> np.ndarray:
+        top = rows_from_lists(meta["output_top_logprobs"], len(token_ids), k, self._check)
+        check_rows(top, token_ids, logprobs, self._check)
+        return top.ids
 
     def _token_versions(self, spans: list[dict], length: int) -> np.ndarray:
         starts = [span["start"] for span in spans] + [length]
@@ -108,10 +132,11 @@ class SGLangClient:
 
     # ---------------------------------------------------------------- scoring
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int) -> dict:
+    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
         """Raw reply to a request that samples nothing and returns log-probs of positions ``start``.. of ``token_ids``.
 
-        The log-probs are those of temperature 1, whatever a request asks for.
+        The log-probs are those of temperature 1, whatever a request asks for. ``top_k`` adds rows of as many most
+        likely tokens, in base64; above the model's vocabulary it ends the whole server.
         """
         body = {
             "input_ids": token_ids,
@@ -119,6 +144,9 @@ class SGLangClient:
             "return_logprob": True,
             "logprob_start_len": start,
         }
+        if top_k:
+            body["top_logprobs_num"] = top_k
+            body |= {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
         return await self._post("/generate", body)
 
     # ---------------------------------------------------------------- weights
@@ -175,10 +203,16 @@ class SGLangClient:
         self._check(answer.get("success", True) is True, f"answer of {path}", answer, "success: true")
 
     async def _get(self, path: str) -> dict:
-        return json.loads((await fetch(self._session, "GET", self.url + path))[1])
+        return self._json(path, (await fetch(self._session, "GET", self.url + path))[1])
 
     async def _post(self, path: str, body: dict) -> dict:
-        return json.loads((await fetch(self._session, "POST", self.url + path, json=body))[1])
+        return self._json(path, (await fetch(self._session, "POST", self.url + path, json=body))[1])
+
+    def _json(self, path: str, body: bytes) -> dict:
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise EngineError("The server's answer is no JSON", where=self.url + path, got=body[:200]) from error
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
         if not ok:

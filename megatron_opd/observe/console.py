@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -35,8 +35,8 @@ STEP_FIELDS = (  # label, metric, format
 )
 
 
-class RunConsole:
-    """Prints one run. ``close`` it, or use it as a context manager."""
+class ProgressConsole:
+    """Lines and a bar. Use it as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
@@ -51,9 +51,8 @@ class RunConsole:
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._steps = 0
 
-    def __enter__(self) -> RunConsole:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -62,6 +61,30 @@ class RunConsole:
 
     def checking(self) -> None:
         self._say("checking models, tokenizers and data")
+
+    def ready(self, name: str, seconds: float) -> None:
+        self._say(f"{name} is ready after {seconds:.0f} s")
+
+    def stopping(self) -> None:
+        self._say("stopping all processes of the run")
+
+    def error(self, error: BaseException) -> None:
+        self._console.print(f"error: {error}", style="red", markup=False)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    def _describe(self, doing: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, description=doing)
+
+
+class RunConsole(ProgressConsole):
+    """Prints one run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._steps = 0
 
     def banner(self, config: Config, run: RunDirectory) -> None:
         """The facts that matter, before anything starts."""
@@ -79,12 +102,6 @@ class RunConsole:
         self._say(f"  folder    {run.path.absolute()}")
         self._say(f"  logs      tail -F {run.logs.absolute()}/*.log")
         self._task = self._progress.add_task("starting", total=config.steps)
-
-    def ready(self, name: str, seconds: float) -> None:
-        self._say(f"{name} is ready after {seconds:.0f} s")
-
-    def stopping(self) -> None:
-        self._say("stopping all processes of the run")
 
     def show(self, events: TextIO) -> None:
         """Print what was recorded since the last call."""
@@ -116,16 +133,6 @@ class RunConsole:
         self._say(f"summary   {(run_dir / 'summary.json').absolute()}")
         self._say(f"student   {(run_dir / 'student_hf').absolute()}  (Hugging Face checkpoint)")
 
-    def error(self, error: BaseException) -> None:
-        self._console.print(f"error: {error}", style="red", markup=False)
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False)
-
-    def _describe(self, doing: str) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, description=doing)
-
 
 def _live(event: dict) -> str:
     info = event["info"]
@@ -153,7 +160,7 @@ def _accuracy_table(evaluations: dict) -> Table:
     moments = [when for when in ("before", "after", "teacher") if when in evaluations]
     for column in ("domain", *moments):
         table.add_column(column, justify="left" if column == "domain" else "right")
-    for domain in evaluations["before"] if moments else ():
+    for domain in sorted({domain for when in moments for domain in evaluations[when]}):
         cells = [_cell(evaluations, when, domain) for when in moments]
         table.add_row(domain, *cells)
     return table

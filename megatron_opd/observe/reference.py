@@ -24,6 +24,8 @@ def _rows(section: type[BaseModel], prefix: str) -> list[str]:
         if inner is None:
             rows.append(f"{key}: {_type_name(field.annotation)} = {_default(field)}\n    {field.description}")
         else:
+            if NoneType in get_args(field.annotation):
+                rows.append(f"{key}: {key}.* | null = {_default(field)}\n    {field.description}")
             rows += _rows(inner, f"{key}.<name>." if get_origin(field.annotation) is dict else f"{key}.")
     return rows
 

@@ -6,7 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_opd.records import Scored, TrainSample
+from megatron_opd.config import ObjectiveConfig
+from megatron_opd.recipe.topk import entropy_gate
+from megatron_opd.records import Calibrated, Scored, TopRows, TrainSample
 
 
 def token_gaps(teacher_logprobs: np.ndarray, student_logprobs: np.ndarray) -> np.ndarray:
@@ -18,6 +20,32 @@ def token_gaps(teacher_logprobs: np.ndarray, student_logprobs: np.ndarray) -> np
     if teacher_logprobs.shape != student_logprobs.shape:
         raise ValueError(f"{teacher_logprobs.shape} teacher log-probs for {student_logprobs.shape} student log-probs")
     return (teacher_logprobs - student_logprobs).astype(np.float32)
+
+
+def distillation_gaps(scored: Scored, objective: ObjectiveConfig, max_gap: float) -> tuple[np.ndarray, np.ndarray]:
+    """The distillation term of each token's advantage, [R] float32, and which tokens may be trained on, [R] bool.
+
+        gap = s log pi_T + (1 - s) log pi_ref - log pi_student     s = objective.teacher_scale; 1: no reference
+        mask = |log pi_T - log pi_student| < max_gap and |gap| < max_gap
+        gap <- min(max(gap, gap_floor), gap_ceiling)               where they are set
+
+    s > 1 extrapolates beyond the teacher, away from the reference (ExOPD, arXiv 2602.12125). A floor takes the force
+    out of tokens that the teacher finds absurd, as REOPOLD does (arXiv 2603.11137, there log(lambda / (1 - lambda))).
+    Raises ValueError when lengths differ or the reference's log-probs are missing.
+    """
+    student = scored.verified.rollout.logprobs
+    plain = token_gaps(scored.teacher_logprobs, student)
+    gaps, mask = plain, gap_mask(plain, max_gap)
+    if objective.teacher_scale != 1:
+        if scored.reference_logprobs is None:
+            raise ValueError("objective.teacher_scale needs the reference's log-probs, and there are none")
+        # s T + (1 - s) F - S = s (T - S) + (1 - s) (F - S): differences first, they are small.
+        scale = objective.teacher_scale
+        gaps = (scale * plain + (1 - scale) * token_gaps(scored.reference_logprobs, student)).astype(np.float32)
+        mask = mask & gap_mask(gaps, max_gap)
+    if objective.gap_floor is not None or objective.gap_ceiling is not None:
+        gaps = np.clip(gaps, objective.gap_floor, objective.gap_ceiling)
+    return gaps, mask
 
 
 def gap_mask(gaps: np.ndarray, max_gap: float) -> np.ndarray:
@@ -36,16 +64,37 @@ def token_weights(mask: np.ndarray, normalize: Literal["sequence", "token"]) -> 
     return np.where(mask, share, 0.0).astype(np.float32)
 
 
-def train_sample(scored: Scored, max_gap: float, normalize: Literal["sequence", "token"]) -> TrainSample:
-    """The training sequence of a scored rollout; the student's log-probs are those of the engine that sampled it."""
-    rollout = scored.verified.rollout
-    gaps = token_gaps(scored.teacher_logprobs, rollout.logprobs)
-    mask = gap_mask(gaps, max_gap)
+def train_sample(item: Calibrated, objective: ObjectiveConfig, normalize: Literal["sequence", "token"]) -> TrainSample:
+    """The training sequence of a rollout; the student's log-probs are those of the engine that sampled it.
+
+    advantage = w_domain (gap + offset + outcome term)                       where the mask is true, else 0
+    forward weight = w_domain * objective.forward_kl * weight * [H_T > tau]  tau = objective.forward_kl_entropy
+    """
+    rollout = item.scored.verified.rollout
+    factor = objective.domain_weights.get(rollout.prompt.domain, 1.0)
+    advantages = factor * (item.gaps + item.offset + item.outcome_term)
+    weights = token_weights(item.mask, normalize)
     prompt_ids = np.array(rollout.prompt.token_ids, dtype=np.int64)
+    top, forward_weights = _forward_rows(item, objective, factor * weights)
     return TrainSample(
         token_ids=np.concatenate([prompt_ids, rollout.token_ids]),
         prompt_length=len(prompt_ids),
-        advantages=np.where(mask, gaps, 0.0).astype(np.float32),
+        advantages=np.where(item.mask, advantages, 0.0).astype(np.float32),
         behaviour_logprobs=rollout.logprobs,
-        weights=token_weights(mask, normalize),
+        weights=weights,
+        forward_weights=forward_weights,
+        top_ids=top.ids,
+        top_logprobs=top.logprobs,
     )
+
+
+def _forward_rows(item: Calibrated, objective: ObjectiveConfig, weights: np.ndarray) -> tuple[TopRows, np.ndarray]:
+    """The teacher's rows and their weights [R]; rows of K = 0 when no forward KL is asked for."""
+    if objective.forward_kl == 0:
+        length = len(weights)
+        return TopRows(np.empty((length, 0), np.int64), np.empty((length, 0), np.float32)), np.zeros_like(weights)
+    top = item.scored.top
+    if top is None:
+        raise ValueError("objective.forward_kl needs the teacher's top-k rows, and there are none")
+    gate = entropy_gate(top.logprobs, objective.forward_kl_entropy)
+    return top, np.where(gate, objective.forward_kl * weights, 0.0).astype(np.float32)

@@ -6,61 +6,17 @@ without its value; the band, the rounding and the policies below are this projec
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_opd.errors import ConfigError, DataError
+from megatron_opd.config import BalanceConfig
+from megatron_opd.errors import DataError
 from megatron_opd.records import Outcome
-
-Scope = Literal["group", "global"]
-OneSided = Literal["keep", "subsample", "drop"]
-Unknown = Literal["keep", "drop"]
 
 # Share by which the band is widened: rounded bounds would shut out counts that lie on them, such as 3:9 for a ratio of
 # 0.4 and a tolerance of 0.2 (0.4 / 1.2 = 1 / 3). Less than what separates two ratios of counts up to 10,000.
 _SLACK = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class BalanceOptions:
-    """How to balance. Raises ConfigError (a ValueError) for a value outside its range.
-
-    The band of a target ``ratio`` r and a ``tolerance`` t is r / (1 + t) <= correct / incorrect <= r * (1 + t). It is
-    symmetric: exchanging the classes, and r with 1 / r, changes nothing.
-    """
-
-    scope: Scope = "group"  # where the ratio holds: in each prompt group, or only over the whole step
-    ratio: float = 1.0  # target of correct : incorrect, finite and > 0
-    tolerance: float = 0.0  # relative half-width of the band in which nothing is dropped, finite and >= 0
-    one_sided: OneSided = "keep"  # what happens where only one class occurs
-    # Rollouts that "subsample" leaves of a one-sided group, >= 1. At ratio 1 the most lopsided mixed group keeps 1:1,
-    # so 2 gives a group without a minority the same weight as one with a minority of one.
-    one_sided_samples: int = 2
-    unknown: Unknown = "keep"  # what happens to ungraded rollouts; they count for neither class in any case
-
-    def __post_init__(self) -> None:
-        _expect_one_of("scope", self.scope, get_args(Scope))
-        _expect_one_of("one_sided", self.one_sided, get_args(OneSided))
-        _expect_one_of("unknown", self.unknown, get_args(Unknown))
-        if not (_is_number(self.ratio) and 0 < self.ratio < math.inf):
-            raise ConfigError("the balancing ratio cannot be used", got=self.ratio, expected="a finite number > 0")
-        if not (_is_number(self.tolerance) and 0 <= self.tolerance < math.inf):
-            raise ConfigError(
-                "the balancing tolerance cannot be used", got=self.tolerance, expected="a finite number >= 0"
-            )
-        if type(self.one_sided_samples) is not int or self.one_sided_samples < 1:
-            raise ConfigError(
-                "one_sided_samples cannot be used", got=self.one_sided_samples, expected="an integer >= 1"
-            )
-
-    @property
-    def band(self) -> tuple[float, float]:
-        """Lowest and highest correct / incorrect that count as balanced."""
-        widen = 1.0 + self.tolerance
-        return self.ratio / widen * (1.0 - _SLACK), self.ratio * widen * (1.0 + _SLACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +57,7 @@ class Refill:
     prompts: int
 
 
-def balance(outcomes: np.ndarray, groups: np.ndarray, options: BalanceOptions, seed: int, step: int) -> Balance:
+def balance(outcomes: np.ndarray, groups: np.ndarray, options: BalanceConfig, seed: int, step: int) -> Balance:
     """Which rollouts stay. ``outcomes`` [n] integer (1, 0, -1 as in ``Outcome``), ``groups`` [n] integer.
 
     ``kept_counts`` says how many of each class stay. Which ones is drawn uniformly by a hash of ``(seed, step, group,
@@ -125,7 +81,7 @@ def balance(outcomes: np.ndarray, groups: np.ndarray, options: BalanceOptions, s
     return Balance(keep, _report(outcomes, group, len(ids), keep, limit, options))
 
 
-def kept_counts(correct: np.ndarray, incorrect: np.ndarray, options: BalanceOptions) -> tuple[np.ndarray, np.ndarray]:
+def kept_counts(correct: np.ndarray, incorrect: np.ndarray, options: BalanceConfig) -> tuple[np.ndarray, np.ndarray]:
     """Kept correct and kept incorrect [g] int64 of groups with ``correct`` and ``incorrect`` [g] graded rollouts.
 
     For a group with a correct and b incorrect, both >= 1, over whole numbers 1 <= a' <= a and 1 <= b' <= b:
@@ -141,7 +97,7 @@ def kept_counts(correct: np.ndarray, incorrect: np.ndarray, options: BalanceOpti
     and memory in the number of rollouts.
     """
     kept_correct, kept_incorrect = correct.astype(np.int64), incorrect.astype(np.int64)
-    low, high = options.band
+    low, high = ratio_band(options)
     mixed = (kept_correct > 0) & (kept_incorrect > 0)
     if options.one_sided != "keep":
         most = options.one_sided_samples if options.one_sided == "subsample" else 0
@@ -153,6 +109,12 @@ def kept_counts(correct: np.ndarray, incorrect: np.ndarray, options: BalanceOpti
             kept_correct[outside], kept_incorrect[outside], options
         )
     return kept_correct, kept_incorrect
+
+
+def ratio_band(options: BalanceConfig) -> tuple[float, float]:
+    """Lowest and highest correct / incorrect that count as balanced."""
+    widen = 1.0 + options.tolerance
+    return options.ratio / widen * (1.0 - _SLACK), options.ratio * widen * (1.0 + _SLACK)
 
 
 def refill_needed(keep: np.ndarray, target: int, samples_per_prompt: int = 1) -> Refill:
@@ -221,13 +183,13 @@ def rank_within(parts: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _closest_counts(
-    correct: np.ndarray, incorrect: np.ndarray, options: BalanceOptions
+    correct: np.ndarray, incorrect: np.ndarray, options: BalanceConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rule of ``kept_counts`` for mixed groups [g], g >= 1, by trying every b' of every group at once.
 
     In the band the total min(a, floor(high * b')) + b' grows with b', so the largest b' that has an a' wins.
     """
-    low, high = options.band
+    low, high = ratio_band(options)
     starts = np.cumsum(incorrect) - incorrect
     owner = np.repeat(np.arange(len(incorrect)), incorrect)
     tried = np.arange(len(owner)) - starts[owner] + 1  # b' = 1 .. b
@@ -250,7 +212,7 @@ def _closest_counts(
     return np.where(reached > 0, most[place], nearest[place]).astype(np.int64), kept_incorrect
 
 
-def _distance(correct: np.ndarray, incorrect: np.ndarray, options: BalanceOptions) -> np.ndarray:
+def _distance(correct: np.ndarray, incorrect: np.ndarray, options: BalanceConfig) -> np.ndarray:
     """exp |log(correct / incorrect) - log(ratio)|. Division alone, so that 6:5 and 12:10 give the same bits."""
     ratio = correct / incorrect
     return np.maximum(ratio / options.ratio, options.ratio / ratio)
@@ -267,13 +229,13 @@ def _class_counts(outcomes: np.ndarray, parts: np.ndarray, count: int) -> np.nda
 
 
 def _report(
-    outcomes: np.ndarray, group: np.ndarray, count: int, keep: np.ndarray, limit: np.ndarray, options: BalanceOptions
+    outcomes: np.ndarray, group: np.ndarray, count: int, keep: np.ndarray, limit: np.ndarray, options: BalanceConfig
 ) -> BalanceReport:
     """``group`` [n]: index of each rollout's group; ``limit`` [3, count]: what stays of each pool and class."""
     before = _class_counts(outcomes, group, count)
     after = _class_counts(outcomes[keep], group[keep], count)
     correct, incorrect = limit[Outcome.CORRECT], limit[Outcome.INCORRECT]
-    out_of_band = (correct > 0) & (incorrect > 0) & ~_inside(correct, incorrect, *options.band)
+    out_of_band = (correct > 0) & (incorrect > 0) & ~_inside(correct, incorrect, *ratio_band(options))
     return BalanceReport(
         correct_before=int(before[Outcome.CORRECT].sum()),
         incorrect_before=int(before[Outcome.INCORRECT].sum()),
@@ -286,12 +248,3 @@ def _report(
         touched_groups=int((after < before).any(axis=0).sum()),
         out_of_band=int(out_of_band.sum()),
     )
-
-
-def _expect_one_of(name: str, value: object, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise ConfigError(f"the balancing option {name} has no such value", got=value, expected=" or ".join(names))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_opd.recipe.calibration_options import CalibrationOptions
+from megatron_opd.config import CalibrationConfig
 from megatron_opd.recipe.margin import TOLERANCE, Sides, arrange, dense, deviations, margins
 from megatron_opd.recipe.mask import keep_greedily, keep_groups
 from megatron_opd.recipe.shift import improvements
@@ -67,9 +67,7 @@ def trajectory_return(gaps: np.ndarray, mask: np.ndarray) -> float:
     return float(gaps[mask].mean(dtype=np.float64)) if mask.any() else float("nan")
 
 
-def calibrate(
-    returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, options: CalibrationOptions
-) -> Calibration:
+def calibrate(returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, options: CalibrationConfig) -> Calibration:
     """Offsets and keep mask that give each unit (a group or the batch) the margin of ``options``.
 
     returns [n] float: mean token gap of each trajectory over its trained tokens, nats (``trajectory_return``).
@@ -82,7 +80,7 @@ def calibrate(
     "mask" must choose between equal returns of one side, the later one goes, so the kept values are the same.
 
     Raises ValueError for a wrong type, shape, length or outcome. Source and meaning of the options:
-    ``CalibrationOptions``. Cost: O(n log n), sorts only.
+    ``CalibrationConfig``. Cost: O(n log n), sorts only.
     """
     values = _checked(returns, outcomes, groups)
     graded = np.flatnonzero((outcomes != Outcome.UNKNOWN) & np.isfinite(values))
@@ -109,7 +107,7 @@ def calibrate(
 
 
 def calibrate_sharded(
-    returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, options: CalibrationOptions, gather: Gather
+    returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, options: CalibrationConfig, gather: Gather
 ) -> Calibration:
     """``calibrate`` over the trajectories of all data-parallel ranks; returns this rank's slice and the whole report.
 
@@ -152,7 +150,7 @@ def _checked(returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray) -> n
 
 
 def _report(
-    prompts: Sides, moved: np.ndarray, kept: np.ndarray, options: CalibrationOptions, totals: tuple[int, int]
+    prompts: Sides, moved: np.ndarray, kept: np.ndarray, options: CalibrationConfig, totals: tuple[int, int]
 ) -> CalibrationReport:
     """moved, kept: offset and keep of each graded trajectory; totals: trajectories and groups of the input."""
     own_moved, own_kept = moved[prompts.index], kept[prompts.index]

@@ -42,18 +42,22 @@ def spread_rows(rows: list[list[int]], lengths: list[int], ranks: int) -> list[l
     return spread
 
 
-def pack(samples: list[TrainSample], row_tokens: int, ranks: int, version: int) -> list[PackedBatch]:
+def pack(
+    samples: list[TrainSample], row_tokens: int, ranks: int, *, version: int, last: bool = False
+) -> list[PackedBatch]:
     """One batch for each data-parallel rank, with one common denominator. A rank without a sample gets no row."""
     lengths = [len(sample.token_ids) for sample in samples]
     denominator = loss_denominator(samples)
     spread = spread_rows(fill_rows(lengths, row_tokens), lengths, ranks)
-    return [_pack_rank([[samples[i] for i in row] for row in rows], denominator, version) for rows in spread]
+    return [_pack_rank([[samples[i] for i in row] for row in rows], denominator, version, last) for rows in spread]
 
 
-def _pack_rank(rows: list[list[TrainSample]], denominator: float, version: int) -> PackedBatch:
+def _pack_rank(rows: list[list[TrainSample]], denominator: float, version: int, last: bool) -> PackedBatch:
     sequences = [sample for row in rows for sample in row]
+    columns = (sequences[0].top_ids.shape[1],) if sequences else (0,)
     return PackedBatch(
         version=version,
+        last=last,
         denominator=denominator,
         tokens=_join([sample.token_ids for sample in sequences], np.int64),
         labels=_join([_labels(sample) for sample in sequences], np.int64),
@@ -62,6 +66,9 @@ def _pack_rank(rows: list[list[TrainSample]], denominator: float, version: int) 
             [_at_predictor(sample, sample.behaviour_logprobs) for sample in sequences], np.float32
         ),
         weights=_join([_at_predictor(sample, sample.weights) for sample in sequences], np.float32),
+        forward_weights=_join([_at_predictor(sample, sample.forward_weights) for sample in sequences], np.float32),
+        top_ids=_join([_at_predictor(sample, sample.top_ids) for sample in sequences], np.int64, columns),
+        top_logprobs=_join([_at_predictor(sample, sample.top_logprobs) for sample in sequences], np.float32, columns),
         row_offsets=_offsets([sum(len(sample.token_ids) for sample in row) for row in rows]),
         sequence_offsets=_offsets([len(sample.token_ids) for sample in sequences]),
     )
@@ -72,14 +79,15 @@ def _labels(sample: TrainSample) -> np.ndarray:
 
 
 def _at_predictor(sample: TrainSample, values: np.ndarray) -> np.ndarray:
-    """Response values [R] laid out over the sequence [P + R], each at the position that predicts its token."""
-    spread = np.zeros(len(sample.token_ids), dtype=np.float32)
+    """Response values [R, ...] laid out over the sequence [P + R, ...], each where its token is predicted."""
+    spread = np.zeros((len(sample.token_ids), *values.shape[1:]), dtype=values.dtype)
     spread[sample.prompt_length - 1 : -1] = values
     return spread
 
 
-def _join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([*parts, np.empty(0, dtype=dtype)]).astype(dtype, copy=False)
+def _join(parts: list[np.ndarray], dtype: type, columns: tuple[int, ...] = ()) -> np.ndarray:
+    """``parts`` [n, *columns] one after the other; [0, *columns] when there are none."""
+    return np.concatenate([*parts, np.empty((0, *columns), dtype=dtype)]).astype(dtype, copy=False)
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:

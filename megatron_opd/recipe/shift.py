@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_opd.recipe.calibration_options import CalibrationOptions
+from megatron_opd.config import CalibrationConfig
 from megatron_opd.recipe.margin import TOLERANCE, Sides, dense, margins, order_by, running, worst
 
 
-def improvements(sides: Sides, delta: np.ndarray, options: CalibrationOptions) -> np.ndarray:
+def improvements(sides: Sides, delta: np.ndarray, options: CalibrationConfig) -> np.ndarray:
     """Nats per token that each row improves by, [K] >= 0: up for a correct, down for an incorrect trajectory.
 
         s = max(0, delta - margin)                                        per unit, delta [U]

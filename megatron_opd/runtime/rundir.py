@@ -20,6 +20,7 @@ class Endpoints:
     coordinator: str
     rollout: str
     teachers: dict[str, str]  # domain -> URL
+    reference: str | None  # the free reference; None without one
     weights_host: str  # address at which the trainer's rank 0 opens the broadcast group
     weights_port: int
 
@@ -49,6 +50,25 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def trajectories(self) -> Path:
+        """A parquet file of rollouts for each recorded step."""
+        return self.path / "trajectories"
+
+    @property
+    def tokenizer(self) -> Path:
+        """A copy of the student's tokenizer, so that the folder can be read on its own."""
+        return self.path / "tokenizer"
+
+    @property
+    def pass_rates(self) -> Path:
+        """How often each prompt was solved in training, as ``data.pass_rates`` writes it."""
+        return self.path / "pass_rates.parquet"
+
+    def evaluation(self, when: str) -> Path:
+        """Passes of each held-out prompt, "before" or "after" training, in the same format."""
+        return self.path / f"eval_{when}.parquet"
+
+    @property
     def export(self) -> Path:
         """The trained student as a Hugging Face checkpoint."""
         return self.path / "student_hf"
@@ -70,6 +90,7 @@ class RunDirectory:
             path.rename(_aside(path))
         run = cls(path)
         run.logs.mkdir(parents=True)
+        run.trajectories.mkdir()
         OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path / "config.yaml")
         (path / "endpoints.json").write_text(json.dumps(asdict(endpoints), indent=2) + "\n")
         run.events.touch()

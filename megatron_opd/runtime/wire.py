@@ -1,4 +1,4 @@
-"""A packed batch as bytes: safetensors, with the two numbers in its header. Nothing in it can run code."""
+"""A packed batch as bytes: safetensors, with the three single values in its header. Nothing in it can run code."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from safetensors.numpy import load, save
 
 from megatron_opd.records import PackedBatch
 
-_NUMBERS = ("version", "denominator")
-_ARRAYS = tuple(field.name for field in fields(PackedBatch) if field.name not in _NUMBERS)
+_SINGLE = ("version", "last", "denominator")
+_ARRAYS = tuple(field.name for field in fields(PackedBatch) if field.name not in _SINGLE)
 
 
 def encode(batch: PackedBatch) -> bytes:
-    """The batch's arrays as safetensors; version and denominator as metadata, exact."""
-    metadata = {"version": str(batch.version), "denominator": float(batch.denominator).hex()}
+    """The batch's arrays as safetensors; version, last and denominator as metadata, exact."""
+    metadata = {
+        "version": str(batch.version),
+        "last": str(int(batch.last)),
+        "denominator": float(batch.denominator).hex(),
+    }
     return save({name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}, metadata)
 
 
@@ -28,4 +32,9 @@ def decode(body: bytes) -> PackedBatch:
     arrays = load(body)
     if set(arrays) != set(_ARRAYS):
         raise ValueError(f"a batch has {sorted(arrays)} instead of {sorted(_ARRAYS)}")
-    return PackedBatch(version=int(metadata["version"]), denominator=float.fromhex(metadata["denominator"]), **arrays)
+    return PackedBatch(
+        version=int(metadata["version"]),
+        last=bool(int(metadata["last"])),
+        denominator=float.fromhex(metadata["denominator"]),
+        **arrays,
+    )

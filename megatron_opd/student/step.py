@@ -16,14 +16,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_opd.config import LossConfig
 from megatron_opd.errors import OpdError
-from megatron_opd.recipe.policy_loss import policy_loss
+from megatron_opd.recipe.policy_loss import forward_kl_loss, policy_loss
 from megatron_opd.records import PackedBatch
 from megatron_opd.student.build import Student
-from megatron_opd.student.logprob import vocab_parallel_logprob
+from megatron_opd.student.logprob import vocab_parallel_logprobs
 
 # What Megatron's schedule takes back: the loss to differentiate, a token count that it divides by where it is asked
 # to (here never, see build._sum_gradients), and what it collects for the caller.
 LossOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+# The batch's arrays that only the loss reads, in the order in which rows are made.
+_LOSS_ARRAYS = ("advantages", "behaviour_logprobs", "weights", "forward_weights", "top_ids", "top_logprobs")
 
 
 class NonFiniteError(OpdError, ArithmeticError):
@@ -41,6 +45,7 @@ class StepMetrics:
     abs_advantage: float
     clipped_share: float
     abs_logprob_change: float
+    forward_kl: float  # weighted mean of the forward KL where it is asked for, nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,9 @@ class _Row:
     advantages: torch.Tensor  # [T] float32
     behaviour_logprobs: torch.Tensor  # [T] float32
     weights: torch.Tensor  # [T] float32
+    forward_weights: torch.Tensor  # [T] float32
+    top_ids: torch.Tensor  # [T, K] int64
+    top_logprobs: torch.Tensor  # [T, K] float32
 
 
 def train_step(student: Student, batch: PackedBatch, loss: LossConfig) -> StepMetrics:
@@ -88,8 +96,7 @@ def sequence_logprobs(student: Student, token_ids: np.ndarray) -> np.ndarray:
     """
     length = len(token_ids)
     labels = np.append(token_ids[1:], 0)
-    nothing = np.zeros(length, np.float32)
-    row = _make_row(student, token_ids, labels, nothing, nothing, nothing, np.array([0, length]))
+    row = _make_row(student, token_ids, labels, *_no_loss(length), np.array([0, length]))
     for chunk in student.model:
         chunk.eval()
     with torch.no_grad():
@@ -120,16 +127,18 @@ def _run(
 
 
 def _row_logprobs(row: _Row, vocab_size: int, logits: torch.Tensor) -> torch.Tensor:
-    """logits [1, T, V / tensor parallel] -> log-prob of each label [T]."""
+    """logits [1, T, V / tensor parallel] -> log-probs of each label and of the teacher's top-k ids, [T, 1 + K]."""
     group = parallel_state.get_tensor_model_parallel_group()
-    return vocab_parallel_logprob(logits.squeeze(0), row.labels, vocab_size, group)
+    ids = torch.cat([row.labels[:, None], row.top_ids], dim=1)
+    return vocab_parallel_logprobs(logits.squeeze(0), ids, vocab_size, group)
 
 
 def _loss_of_row(
     row: _Row, vocab_size: int, logits: torch.Tensor, *, denominator: float, loss: LossConfig
 ) -> LossOutput:
-    value, metrics = policy_loss(
-        _row_logprobs(row, vocab_size, logits),
+    logprobs = _row_logprobs(row, vocab_size, logits)
+    policy, metrics = policy_loss(
+        logprobs[:, 0],
         row.behaviour_logprobs,
         row.advantages,
         row.weights,
@@ -137,11 +146,13 @@ def _loss_of_row(
         loss.clip_low,
         loss.clip_high,
     )
-    return value, _no_count(logits), {"loss": value.detach(), **metrics}
+    forward, forward_metrics = forward_kl_loss(logprobs[:, 1:], row.top_logprobs, row.forward_weights, denominator)
+    total = policy + forward
+    return total, _no_count(logits), {"loss": total.detach(), **metrics, **forward_metrics}
 
 
 def _logprobs_of_row(row: _Row, vocab_size: int, logits: torch.Tensor) -> LossOutput:
-    logprobs = _row_logprobs(row, vocab_size, logits)
+    logprobs = _row_logprobs(row, vocab_size, logits)[:, 0]
     return logprobs.sum(), _no_count(logits), {"logprobs": logprobs}
 
 
@@ -154,28 +165,27 @@ def _batch_rows(student: Student, batch: PackedBatch) -> list[_Row]:
     rows = []
     for start, end in zip(batch.row_offsets[:-1], batch.row_offsets[1:], strict=True):
         inside = (batch.sequence_offsets >= start) & (batch.sequence_offsets <= end)
-        arrays = (batch.tokens, batch.labels, batch.advantages, batch.behaviour_logprobs, batch.weights)
+        arrays = (batch.tokens, batch.labels, *(getattr(batch, name) for name in _LOSS_ARRAYS))
         bounds = batch.sequence_offsets[inside] - start
         rows.append(_make_row(student, *(array[start:end] for array in arrays), bounds))
     if not rows:
-        nothing = np.zeros(1)
-        rows.append(_make_row(student, nothing, nothing, nothing, nothing, nothing, np.array([0, 1])))
+        rows.append(_make_row(student, np.zeros(1), np.zeros(1), *_no_loss(1), np.array([0, 1])))
     return rows
 
 
-def _make_row(
-    student: Student,
-    tokens: np.ndarray,
-    labels: np.ndarray,
-    advantages: np.ndarray,
-    behaviour_logprobs: np.ndarray,
-    weights: np.ndarray,
-    bounds: np.ndarray,
-) -> _Row:
+def _no_loss(length: int) -> tuple[np.ndarray, ...]:
+    """The arrays of ``_LOSS_ARRAYS`` for ``length`` tokens that weigh nothing."""
+    nothing, no_rows = np.zeros(length, np.float32), np.zeros((length, 0), np.float32)
+    return nothing, nothing, nothing, nothing, no_rows, no_rows
+
+
+def _make_row(student: Student, tokens: np.ndarray, labels: np.ndarray, *arrays: np.ndarray) -> _Row:
     """Move a row to the device, lengthened by a sequence of weight 0 to what the parallel layout can split.
 
-    bounds: [S + 1], where the sequences start and end, from 0 to the length of the row.
+    arrays: those of ``_LOSS_ARRAYS``, and last the bounds [S + 1], where the sequences start and end, from 0 to the
+    length of the row.
     """
+    *loss_arrays, bounds = arrays
     config = student.bridge.config
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     missing = -len(tokens) % multiple
@@ -186,7 +196,8 @@ def _make_row(
     device = student.device
 
     def move(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.pad(array, (0, missing))).to(device=device, dtype=dtype)
+        longer = np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        return torch.from_numpy(longer).to(device=device, dtype=dtype)
 
     cumulative = torch.from_numpy(bounds).to(device=device, dtype=torch.int32)
     longest = int(lengths.max())
@@ -201,9 +212,10 @@ def _make_row(
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
-        advantages=move(advantages, torch.float32),
-        behaviour_logprobs=move(behaviour_logprobs, torch.float32),
-        weights=move(weights, torch.float32),
+        **{
+            name: move(array, torch.int64 if name == "top_ids" else torch.float32)
+            for name, array in zip(_LOSS_ARRAYS, loss_arrays, strict=True)
+        },
     )
 
 

@@ -32,6 +32,7 @@ METRIC_NAMES = {
     "advantage": "opd/advantage",
     "abs_advantage": "opd/abs_advantage",
     "clipped_share": "opd/clipped",
+    "forward_kl": "opd/forward_kl",
     "abs_logprob_change": "opd/engine_trainer_difference",  # strictly on-policy, both should be the same policy
 }
 
@@ -48,7 +49,8 @@ async def train(run: RunDirectory) -> None:
         refresh = await _connect(stack, config, endpoints, student)
         refreshed = await refresh.push(student, version=0)
         await _report(coordinator, _report_of(refreshed, 0, info=_info(student, config)))
-        for step in range(config.steps):
+        step, last = 0, False
+        while not last:
             waiting = time.monotonic()
             batch = await coordinator.batch(step, data_rank)
             training = time.monotonic()
@@ -57,6 +59,7 @@ async def train(run: RunDirectory) -> None:
             refreshed = await refresh.push(student, version=step + 1)
             times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
             await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
+            step, last = step + 1, batch.last
         await refresh.close()
     export_hf(student, config.student.model, run.export)
     dist.destroy_process_group()

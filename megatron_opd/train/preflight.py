@@ -15,7 +15,11 @@ from megatron_opd.student.sizes import check_sizes, read_hf_config
 
 def preflight(config: Config) -> None:
     """Check models, tokenizers, sizes and data. Raises OpdError: the one mistake, or a list of all."""
-    found = list(_mistakes(config))
+    raise_together(list(_mistakes(config)))
+
+
+def raise_together(found: list[OpdError]) -> None:
+    """Raise the one mistake, or one error that lists all; return when there is none."""
     if len(found) == 1:
         raise found[0]
     if found:
@@ -24,24 +28,28 @@ def preflight(config: Config) -> None:
 
 
 def _mistakes(config: Config) -> Iterator[OpdError]:
-    servers = [config.rollout.server, *(teacher.server for teacher in config.teachers.values())]
+    frozen = {f"teachers.{domain}": teacher for domain, teacher in config.teachers.items()}
+    frozen |= {"reference": config.reference} if config.reference else {}
+    servers = [config.rollout.server, *(teacher.server for teacher in frozen.values())]
     if any(server.url is None for server in servers):
-        yield from _attempt(lambda: check_engine_python(config.engine))
+        yield from attempt(lambda: check_engine_python(config.engine))
     models = {"student.model": config.student.model}
-    models |= {f"teachers.{domain}.model": teacher.model for domain, teacher in config.teachers.items()}
-    missing = [error for key, model in models.items() for error in _attempt(lambda k=key, m=model: _check_model(k, m))]
+    models |= {f"{key}.model": teacher.model for key, teacher in frozen.items()}
+    missing = [error for key, model in models.items() for error in attempt(lambda k=key, m=model: check_model(k, m))]
     yield from missing
     if missing:
         return  # what follows reads the models
-    yield from _attempt(lambda: check_sizes(config, read_hf_config(config.student.model)))
+    yield from attempt(lambda: check_sizes(config, read_hf_config(config.student.model)))
     for key, model in models.items():
-        yield from _attempt(lambda k=key, m=model: _check_context(k, m, config))
-    for teacher in config.teachers.values():
-        yield from _attempt(lambda m=teacher.model: same_tokenizer(config.student.model, m))
-    yield from _attempt(lambda: read_inputs(config, load_tokenizer(config.student.model)))
+        yield from attempt(lambda k=key, m=model: check_context(k, m, config))
+        yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
+    for teacher in frozen.values():
+        yield from attempt(lambda m=teacher.model: same_tokenizer(config.student.model, m))
+    yield from attempt(lambda: read_inputs(config, load_tokenizer(config.student.model)))
 
 
-def _attempt(check: Callable[[], object]) -> list[OpdError]:
+def attempt(check: Callable[[], object]) -> list[OpdError]:
+    """What is wrong, as a list of none or one."""
     try:
         check()
     except OpdError as error:
@@ -49,7 +57,8 @@ def _attempt(check: Callable[[], object]) -> list[OpdError]:
     return []
 
 
-def _check_model(key: str, model: Path) -> None:
+def check_model(key: str, model: Path) -> None:
+    """Raise ModelError unless ``model`` is the folder of a checkpoint with weights."""
     if not (model / "config.json").is_file():
         raise ModelError(
             "No such model folder" if not model.is_dir() else "The folder holds no Hugging Face checkpoint",
@@ -62,7 +71,8 @@ def _check_model(key: str, model: Path) -> None:
         raise ModelError("The checkpoint has no weights", where=key, got=model.absolute(), expected="*.safetensors")
 
 
-def _check_context(key: str, model: Path, config: Config) -> None:
+def check_context(key: str, model: Path, config: Config) -> None:
+    """Raise ConfigError when the longest prompt and response do not fit into the context of ``model``."""
     context = read_hf_config(model).get("max_position_embeddings")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if context is not None and longest > context:
@@ -73,4 +83,17 @@ def _check_context(key: str, model: Path, config: Config) -> None:
             f"rollout.max_new_tokens {config.rollout.max_new_tokens} = {longest}",
             expected=f"at most {context}",
             fix="lower one of the two",
+        )
+
+
+def _check_top_k(key: str, model: Path, top_k: int) -> None:
+    """A server ends at the first request for more tokens than its vocabulary has."""
+    vocab_size = read_hf_config(model).get("vocab_size")
+    if vocab_size is not None and top_k > vocab_size:
+        raise ConfigError(
+            "More most likely tokens are asked for than the model's vocabulary has",
+            where=f"scoring.top_k, {key}",
+            got=top_k,
+            expected=f"at most {vocab_size}",
+            fix="lower scoring.top_k",
         )

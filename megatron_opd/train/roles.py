@@ -28,31 +28,36 @@ def assign_endpoints(config: Config) -> Endpoints:
     host = config.coordinator.host
     return Endpoints(
         coordinator=f"http://{host}:{take_port(config.coordinator.port, 'coordinator.port', host)}",
-        rollout=_server_url(config.rollout.server, "rollout.server.port"),
+        rollout=server_url(config.rollout.server, "rollout.server.port"),
         teachers={
-            domain: _server_url(teacher.server, f"teachers.{domain}.server.port")
+            domain: server_url(teacher.server, f"teachers.{domain}.server.port")
             for domain, teacher in config.teachers.items()
         },
+        reference=server_url(config.reference.server, "reference.server.port") if config.reference else None,
         weights_host=config.refresh.host,
         weights_port=take_port(config.refresh.port, "refresh.port", config.refresh.host),
     )
 
 
-def _server_url(server: ServerConfig, key: str) -> str:
+def server_url(server: ServerConfig, key: str) -> str:
+    """Where it is, or will be. Raises ConfigError when the port that ``key`` asks for is in use."""
     return server.url or f"http://127.0.0.1:{take_port(server.port, key)}"
 
 
 def server_roles(config: Config, endpoints: Endpoints) -> list[Role]:
-    """The servers that this run starts: the rollout engine and the teachers that are not attached by URL."""
+    """The servers that this run starts: rollout engine, teachers and free reference where not attached by URL."""
     wanted = [("rollout", config.rollout.server, config.student.model, endpoints.rollout)]
     wanted += [
         (f"teacher-{domain}", teacher.server, teacher.model, endpoints.teachers[domain])
         for domain, teacher in config.teachers.items()
     ]
-    return [_server_role(config, name, server, model, url) for name, server, model, url in wanted if server.url is None]
+    if config.reference:
+        wanted += [("reference", config.reference.server, config.reference.model, endpoints.reference)]
+    return [server_role(config, name, server, model, url) for name, server, model, url in wanted if server.url is None]
 
 
-def _server_role(config: Config, name: str, server: ServerConfig, model: Path, url: str) -> Role:
+def server_role(config: Config, name: str, server: ServerConfig, model: Path, url: str) -> Role:
+    """A server of ``model`` at ``url``, to be started."""
     argv = server_argv(config.engine, server, model, url, config.seed)
     return Role(name, argv, server_environment(config.engine, server), f"{url}/ready")
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from megatron_opd.data.stream import PromptStream
@@ -39,7 +40,7 @@ def test_resuming_draws_what_the_first_stream_would_have_drawn(position: int):
 def test_going_back_draws_the_same_again():
     stream = PromptStream(prompts(6), seed=0)
     first = ids(stream.take(15))
-    stream.restore(0)
+    stream.restore(PromptStream(prompts(6), seed=0).state())
     assert ids(stream.take(15)) == first
 
 
@@ -52,4 +53,6 @@ def test_refused():
     with pytest.raises(DataError, match="at least one prompt"):
         PromptStream([], seed=0)
     with pytest.raises(DataError, match="before its beginning"):
-        PromptStream(prompts(2), seed=0).restore(-1)
+        PromptStream(prompts(2), seed=0).restore(PromptStream(prompts(2), seed=0).state() | {"position": np.array(-1)})
+    with pytest.raises(DataError, match="cannot be used"):  # the state of other prompts
+        PromptStream(prompts(2), seed=0).restore(PromptStream(prompts(3), seed=0).state())

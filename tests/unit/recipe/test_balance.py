@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from megatron_opd.errors import ConfigError, DataError
+from megatron_opd.config import BalanceConfig
+from megatron_opd.errors import DataError
 from megatron_opd.recipe.balance import (
-    BalanceOptions,
     balance,
     check_labels,
     kept_counts,
     random_keys,
     rank_within,
+    ratio_band,
     refill_needed,
 )
 from megatron_opd.records import Outcome
@@ -45,7 +46,7 @@ def kept(correct: int, incorrect: int, **options: object) -> tuple[int, int]:
     kept_correct, kept_incorrect = kept_counts(
         np.array([correct]),
         np.array([incorrect]),
-        BalanceOptions(**options),  # type: ignore[arg-type]
+        BalanceConfig(**options),  # type: ignore[arg-type]
     )
     return int(kept_correct[0]), int(kept_incorrect[0])
 
@@ -59,8 +60,8 @@ def slow_counts(correct: int, incorrect: int, ratio: Fraction, tolerance: Fracti
     return min(pairs, key=lambda pair: (max(Fraction(*pair) / ratio, ratio / Fraction(*pair)), -sum(pair)))
 
 
-def in_band(correct: int, incorrect: int, options: BalanceOptions) -> bool:
-    low, high = options.band
+def in_band(correct: int, incorrect: int, options: BalanceConfig) -> bool:
+    low, high = ratio_band(options)
     return low <= correct / incorrect <= high
 
 
@@ -70,7 +71,7 @@ def in_band(correct: int, incorrect: int, options: BalanceOptions) -> bool:
 @settings(deadline=None)
 @given(st.lists(st.tuples(counts, counts), max_size=8), ratios, tolerances)
 def test_counts_match_the_search_over_all_pairs(groups, ratio, tolerance) -> None:
-    options = BalanceOptions(ratio=float(ratio), tolerance=float(tolerance))
+    options = BalanceConfig(ratio=float(ratio), tolerance=float(tolerance))
     correct, incorrect = (np.array([group[side] for group in groups], dtype=np.int64) for side in (0, 1))
     result = list(zip(*(side.tolist() for side in kept_counts(correct, incorrect, options)), strict=True))
     assert result == [slow_counts(a, b, ratio, tolerance) if a and b else (a, b) for a, b in groups]
@@ -78,7 +79,7 @@ def test_counts_match_the_search_over_all_pairs(groups, ratio, tolerance) -> Non
 
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0.05, 20.0), st.floats(0.0, 2.0))
 def test_the_ratio_is_within_tolerance_whenever_any_counts_are(correct, incorrect, ratio, tolerance) -> None:
-    options = BalanceOptions(ratio=ratio, tolerance=tolerance)
+    options = BalanceConfig(ratio=ratio, tolerance=tolerance)
     a, b = kept(correct, incorrect, ratio=ratio, tolerance=tolerance)
     assert 1 <= a <= correct and 1 <= b <= incorrect
     reachable = any(in_band(x, y, options) for x in range(1, correct + 1) for y in range(1, incorrect + 1))
@@ -131,7 +132,7 @@ def test_extreme_ratios_keep_both_classes(ratio: float) -> None:
 )
 def test_one_sided_groups_follow_their_policy(policy: dict, expected: int) -> None:
     for outcomes, groups in (group_of(16, 0), group_of(0, 16)):
-        result = balance(outcomes, groups, BalanceOptions(**policy), 0, 0)
+        result = balance(outcomes, groups, BalanceConfig(**policy), 0, 0)
         assert result.keep.sum() == expected and result.report.one_sided_groups == 1
     assert kept(3, 3, **policy) == (3, 3) and kept(0, 0, **policy) == (0, 0)
 
@@ -139,7 +140,7 @@ def test_one_sided_groups_follow_their_policy(policy: dict, expected: int) -> No
 def test_item_10_subsampling_takes_the_surplus_weight_from_one_sided_groups() -> None:
     """The release keeps 4 of a 14:2 group and 16 of a 16:0 group: the less a prompt can teach, the more it counts."""
     sizes = [
-        int(balance(*group_of(c, 16 - c), BalanceOptions(one_sided="subsample"), 0, 0).keep.sum()) for c in range(17)
+        int(balance(*group_of(c, 16 - c), BalanceConfig(one_sided="subsample"), 0, 0).keep.sum()) for c in range(17)
     ]
     assert sizes == [2] + [2 * min(c, 16 - c) for c in range(1, 16)] + [2]
 
@@ -153,24 +154,24 @@ def test_subsample_keeps_what_there_is_when_that_is_less() -> None:
 
 def test_item_8_unknown_is_never_counted_as_incorrect() -> None:
     """The release balances against everything that is not True, a verifier that failed included."""
-    result = balance(*group_of(8, 0, unknown=8), BalanceOptions(), 0, 0)
+    result = balance(*group_of(8, 0, unknown=8), BalanceConfig(), 0, 0)
     assert result.keep.all() and result.report.one_sided_groups == 1
-    result = balance(*group_of(6, 2, unknown=8), BalanceOptions(), 0, 0)
+    result = balance(*group_of(6, 2, unknown=8), BalanceConfig(), 0, 0)
     assert (result.report.correct_after, result.report.incorrect_after, result.report.unknown_after) == (2, 2, 8)
 
 
 def test_unknown_outcomes_follow_their_own_policy() -> None:
     outcomes, groups = group_of(3, 0, unknown=4)
-    result = balance(outcomes, groups, BalanceOptions(one_sided="drop"), 0, 0)
+    result = balance(outcomes, groups, BalanceConfig(one_sided="drop"), 0, 0)
     assert result.keep.tolist() == [False] * 3 + [True] * 4
-    result = balance(outcomes, groups, BalanceOptions(unknown="drop"), 0, 0)
+    result = balance(outcomes, groups, BalanceConfig(unknown="drop"), 0, 0)
     assert result.keep.tolist() == [True] * 3 + [False] * 4
-    assert balance(*group_of(0, 0, unknown=5), BalanceOptions(one_sided="drop"), 0, 0).keep.all()
+    assert balance(*group_of(0, 0, unknown=5), BalanceConfig(one_sided="drop"), 0, 0).keep.all()
 
 
 @given(labels, st.sampled_from(["group", "global"]), ratios, st.integers(0, 5))
 def test_unknown_outcomes_change_no_count_of_the_others(rows, scope, ratio, step) -> None:
-    options = BalanceOptions(scope=scope, ratio=float(ratio), unknown="drop")
+    options = BalanceConfig(scope=scope, ratio=float(ratio), unknown="drop")
     graded = [row for row in rows if row[0] != -1]
     with_unknown = balance(*arrays(rows), options, 3, step).report
     without = balance(*arrays(graded), options, 3, step).report
@@ -185,7 +186,7 @@ def test_unknown_outcomes_change_no_count_of_the_others(rows, scope, ratio, step
 @given(labels, ratios, st.sampled_from(["keep", "subsample", "drop"]), st.sampled_from(["keep", "drop"]))
 def test_the_step_matches_a_loop_over_groups(rows, ratio, one_sided, unknown) -> None:
     outcomes, groups = arrays(rows)
-    options = BalanceOptions(ratio=float(ratio), one_sided=one_sided, unknown=unknown)
+    options = BalanceConfig(ratio=float(ratio), one_sided=one_sided, unknown=unknown)
     result = balance(outcomes, groups, options, seed=5, step=7)
     touched = 0
     for group in set(groups.tolist()):
@@ -211,7 +212,7 @@ def test_order_of_the_groups_changes_no_group(rows, random, seed, step) -> None:
     random.shuffle(ids)
     order = np.array([i for group in ids for i in np.flatnonzero(groups == group)], dtype=np.int64)
     for scope in ("group", "global"):
-        options = BalanceOptions(scope=scope)
+        options = BalanceConfig(scope=scope)
         plain, moved = (
             balance(outcomes, groups, options, seed, step),
             balance(outcomes[order], groups[order], options, seed, step),
@@ -223,26 +224,26 @@ def test_another_group_that_changes_does_not_change_a_choice() -> None:
     outcomes, groups = (np.concatenate(pair) for pair in zip(group_of(12, 4), group_of(3, 13, group=1), strict=True))
     changed = outcomes.copy()
     changed[16:] = 0
-    first = balance(outcomes, groups, BalanceOptions(), 1, 2).keep[:16]
-    assert first.tolist() == balance(changed, groups, BalanceOptions(), 1, 2).keep[:16].tolist()
+    first = balance(outcomes, groups, BalanceConfig(), 1, 2).keep[:16]
+    assert first.tolist() == balance(changed, groups, BalanceConfig(), 1, 2).keep[:16].tolist()
 
 
 def test_seed_and_step_decide_and_repeat() -> None:
     outcomes, groups = np.tile(group_of(14, 2)[0], 64), np.repeat(np.arange(64), 16)
     choice = {
-        (seed, step): balance(outcomes, groups, BalanceOptions(), seed, step).keep.tobytes()
+        (seed, step): balance(outcomes, groups, BalanceConfig(), seed, step).keep.tobytes()
         for seed in (0, 1, -1)
         for step in (0, 1, 2)
     }
-    again = {key: balance(outcomes, groups, BalanceOptions(), *key).keep.tobytes() for key in choice}
+    again = {key: balance(outcomes, groups, BalanceConfig(), *key).keep.tobytes() for key in choice}
     assert choice == again and len(set(choice.values())) == len(choice)
-    rows = balance(outcomes, groups, BalanceOptions(), 0, 0).keep.reshape(64, 16)
+    rows = balance(outcomes, groups, BalanceConfig(), 0, 0).keep.reshape(64, 16)
     assert len({row.tobytes() for row in rows}) > 32  # groups that look alike are drawn differently
 
 
 def test_the_draw_is_uniform_over_the_members() -> None:
     outcomes, groups = np.tile(group_of(14, 2)[0], 2000), np.repeat(np.arange(2000), 16)
-    share = balance(outcomes, groups, BalanceOptions(), 0, 0).keep.reshape(2000, 16)[:, :14].mean(axis=0)
+    share = balance(outcomes, groups, BalanceConfig(), 0, 0).keep.reshape(2000, 16)[:, :14].mean(axis=0)
     assert abs(share - 2 / 14).max() < 5 * math.sqrt(2 / 14 * 12 / 14 / 2000)
 
 
@@ -276,19 +277,17 @@ def test_ranks_count_the_rows_before(rows) -> None:
 
 def test_the_global_scope_balances_the_step_and_not_the_groups() -> None:
     outcomes, groups = (np.concatenate(pair) for pair in zip(group_of(12, 4), group_of(2, 6, group=1), strict=True))
-    result = balance(outcomes, groups, BalanceOptions(scope="global"), 0, 0)
+    result = balance(outcomes, groups, BalanceConfig(scope="global"), 0, 0)
     report = result.report
     assert (report.correct_after, report.incorrect_after, report.groups) == (10, 10, 2)
     one_sided = np.concatenate([group_of(8, 0)[0], group_of(0, 8)[0]])
-    assert balance(one_sided, np.repeat([0, 1], 8), BalanceOptions(scope="global", one_sided="drop"), 0, 0).keep.all()
+    assert balance(one_sided, np.repeat([0, 1], 8), BalanceConfig(scope="global", one_sided="drop"), 0, 0).keep.all()
 
 
 @given(labels, st.sampled_from(["group", "global"]), ratios, tolerances)
 def test_the_report_counts_what_the_mask_says(rows, scope, ratio, tolerance) -> None:
     outcomes, groups = arrays(rows)
-    result = balance(
-        outcomes, groups, BalanceOptions(scope=scope, ratio=float(ratio), tolerance=float(tolerance)), 0, 1
-    )
+    result = balance(outcomes, groups, BalanceConfig(scope=scope, ratio=float(ratio), tolerance=float(tolerance)), 0, 1)
     report = result.report
     assert result.keep.dtype == bool and result.keep.shape == outcomes.shape
     for name, outcome in (("correct", 1), ("incorrect", 0), ("unknown", -1)):
@@ -301,11 +300,11 @@ def test_the_report_counts_what_the_mask_says(rows, scope, ratio, tolerance) -> 
 
 def test_groups_that_cannot_reach_the_band_are_reported() -> None:
     outcomes, groups = (np.concatenate(pair) for pair in zip(group_of(1, 15), group_of(8, 8, group=1), strict=True))
-    assert balance(outcomes, groups, BalanceOptions(ratio=2.0), 0, 0).report.out_of_band == 1
+    assert balance(outcomes, groups, BalanceConfig(ratio=2.0), 0, 0).report.out_of_band == 1
 
 
 def test_a_step_without_a_rollout() -> None:
-    result = balance(np.empty(0, np.int8), np.empty(0, np.int64), BalanceOptions(), 0, 0)
+    result = balance(np.empty(0, np.int8), np.empty(0, np.int64), BalanceConfig(), 0, 0)
     assert len(result.keep) == 0 and result.report.kept_share == 1.0 and result.report.groups == 0
 
 
@@ -332,21 +331,24 @@ def test_refill_makes_up_the_step(mask, target, per_prompt) -> None:
     ],
 )
 def test_options_out_of_range_name_what_they_got_and_what_fits(options: dict) -> None:
-    with pytest.raises(ConfigError) as caught:
-        BalanceOptions(**options)
-    assert isinstance(caught.value, ValueError)
-    assert caught.value.got == next(iter(options.values())) or math.isnan(caught.value.got)
-    assert caught.value.expected
+    with pytest.raises(ValidationError) as caught:
+        BalanceConfig(**options)
+    (mistake,) = caught.value.errors()
+    ((name, value),) = options.items()
+    assert mistake["loc"] == (name,) and mistake["msg"]
+    assert mistake["input"] == value or math.isnan(mistake["input"])
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert {field.name: field.default for field in fields(BalanceOptions)} == {
+    assert BalanceConfig().model_dump() == {
         "scope": "group",
         "ratio": 1.0,
         "tolerance": 0.0,
         "one_sided": "keep",
         "one_sided_samples": 2,
         "unknown": "keep",
+        "order": "before_scoring",
+        "refill_rounds": 0,
     }
 
 

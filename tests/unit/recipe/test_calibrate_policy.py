@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_opd.config import CalibrationConfig
 from megatron_opd.recipe.advantage import token_weights
 from megatron_opd.recipe.calibrate import calibrate, trajectory_return
-from megatron_opd.recipe.calibration_options import CalibrationOptions
 from megatron_opd.recipe.policy_loss import policy_loss
 
 BASELINES = {
@@ -65,7 +65,7 @@ def test_p2_the_shift_adds_a_reinforce_term_whose_baseline_is_the_direction(dire
     parameters, features, ids, gaps = rollouts(seed=3)
     ends = np.cumsum(LENGTHS)[:-1]
     returns = np.array([trajectory_return(part, np.ones(len(part), dtype=bool)) for part in np.split(gaps, ends)])
-    options = CalibrationOptions(margin=margin, direction=direction, delta=0.6)
+    options = CalibrationConfig(margin=margin, direction=direction, delta=0.6)
     offsets = calibrate(returns, OUTCOMES, GROUPS, options).offsets
     shifted = loss_gradient(parameters, features, ids, gaps + np.repeat(offsets, LENGTHS))
 
@@ -90,7 +90,7 @@ def test_p4_the_gradient_moves_by_at_most_shift_times_baseline_distance_times_sc
     parameters, features, ids, gaps = rollouts(seed=5)
     parts = np.split(gaps, np.cumsum(LENGTHS)[:-1])
     returns = np.array([part.mean() for part in parts])
-    options = CalibrationOptions(direction=direction, delta=0.6)
+    options = CalibrationConfig(direction=direction, delta=0.6)
     offsets = calibrate(returns, OUTCOMES, GROUPS, options).offsets
     change = loss_gradient(parameters, features, ids, gaps + np.repeat(offsets, LENGTHS))
     change -= loss_gradient(parameters, features, ids, gaps)
@@ -182,14 +182,14 @@ def test_p7_with_a_large_delta_every_group_gets_nearly_the_same_outcome_reward()
     returns = rng.normal(-0.324, 0.062, size=16000) + 0.011 * outcomes
     ordered = {}
     for delta in (0.1, 0.2, 0.4):
-        result = calibrate(returns, outcomes, groups, CalibrationOptions(delta=delta))
-        after = calibrate(returns + result.offsets, outcomes, groups, CalibrationOptions("none", "minmax"))
+        result = calibrate(returns, outcomes, groups, CalibrationConfig(delta=delta))
+        after = calibrate(returns + result.offsets, outcomes, groups, CalibrationConfig(method="none", margin="minmax"))
         ordered[delta] = after.report.consistent_before
         assert result.report.changed_groups > 0.99
     assert ordered[0.1] < 0.05 and 0.65 < ordered[0.2] < 0.85 and ordered[0.4] > 0.999
     sizes = np.abs(result.offsets)  # those of 0.4
     assert sizes.mean() == pytest.approx(0.195, abs=0.002) and sizes.std() / sizes.mean() < 0.1
-    few = calibrate(returns, outcomes, groups, CalibrationOptions(delta=0.0)).report.changed_groups
+    few = calibrate(returns, outcomes, groups, CalibrationConfig(delta=0.0)).report.changed_groups
     assert 0.2 < few < 0.5
 
 
@@ -198,7 +198,7 @@ def test_p7_in_units_of_sigma_no_mean_margin_exceeds_the_cauchy_bound() -> None:
     returns, outcomes = np.array([1.0, 0.0, 0.0, 0.0]), np.array([1, 0, 0, 0], np.int8)
     bound = 1 / np.sqrt(0.25 * 0.75)
     groups = np.zeros(4, np.int64)
-    at, above = (CalibrationOptions(delta=bound * factor, delta_unit="sigma") for factor in (1.0, 1.01))
+    at, above = (CalibrationConfig(delta=bound * factor, delta_unit="sigma") for factor in (1.0, 1.01))
     assert not calibrate(returns, outcomes, groups, at).offsets.any()
     assert calibrate(returns, outcomes, groups, above).offsets.all()
 

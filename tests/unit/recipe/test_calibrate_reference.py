@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_opd.recipe.calibration_options import CalibrationOptions
+from megatron_opd.config import CalibrationConfig
 
 Group = list[tuple[int, Fraction, int]]  # (place in the input, return, outcome)
 
@@ -72,7 +72,7 @@ def mixed_units(batch: Batch, scope: str) -> list[Group]:
     return [unit for unit in units.values() if {o for _, _, o in unit} == {0, 1}]
 
 
-def slow_delta(unit: Group, options: CalibrationOptions) -> Fraction:
+def slow_delta(unit: Group, options: CalibrationConfig) -> Fraction:
     if options.delta_unit == "absolute":
         return Fraction(options.delta)
     values = [g for _, g, _ in unit]
@@ -80,7 +80,7 @@ def slow_delta(unit: Group, options: CalibrationOptions) -> Fraction:
     return Fraction(options.delta) * Fraction(float(mean([(g - centre) ** 2 for g in values])) ** 0.5)
 
 
-def slow_shift(batch: Batch, options: CalibrationOptions) -> np.ndarray:
+def slow_shift(batch: Batch, options: CalibrationConfig) -> np.ndarray:
     """Offsets of method "shift", one trajectory at a time."""
     offsets = np.zeros(len(batch.returns))
     for unit in mixed_units(batch, options.scope):
@@ -123,7 +123,7 @@ def hinge_bounds(
     return min(correct) + low, max(incorrect) - (shift - low)
 
 
-def slow_mask(batch: Batch, options: CalibrationOptions) -> np.ndarray:
+def slow_mask(batch: Batch, options: CalibrationConfig) -> np.ndarray:
     """Keep mask of both mask methods, one removal at a time."""
     keep = np.ones(len(batch.returns), dtype=bool)
     for unit in mixed_units(batch, options.scope):
@@ -162,11 +162,11 @@ def slow_step(left: Group, outcome: int, margin: str) -> Group:
 
 def test_the_slow_shift_against_numbers_worked_by_hand() -> None:
     batch = batch_of((-0.5, 1, 0), (0.0, 1, 0), (0.25, 0, 0))
-    assert list(slow_shift(batch, CalibrationOptions(delta=0.5))) == [0.5, 0.5, -0.5]
-    assert list(slow_shift(batch, CalibrationOptions(delta=0.5, direction="balanced"))) == [1 / 3, 1 / 3, -2 / 3]
-    lift = CalibrationOptions(margin="hinge", direction="lift")
+    assert list(slow_shift(batch, CalibrationConfig(delta=0.5))) == [0.5, 0.5, -0.5]
+    assert list(slow_shift(batch, CalibrationConfig(delta=0.5, direction="balanced"))) == [1 / 3, 1 / 3, -2 / 3]
+    lift = CalibrationConfig(margin="hinge", direction="lift")
     assert list(slow_shift(batch, lift)) == [0.75, 0.25, 0.0]
-    balanced = CalibrationOptions(margin="hinge", direction="balanced")
+    balanced = CalibrationConfig(margin="hinge", direction="balanced")
     # Meeting at c: (c + 0.5) + (c - 0) = 0.25 - c gives c = -1/12, where the second one needs no move: 2c = -0.25.
     assert list(slow_shift(batch, balanced)) == [0.375, 0.0, -0.375]
 
@@ -174,5 +174,5 @@ def test_the_slow_shift_against_numbers_worked_by_hand() -> None:
 def test_the_slow_mask_against_numbers_worked_by_hand() -> None:
     # Margin 0.5 - 0.5 = 0. Dropping the correct 0 gains 0.25, the incorrect 1 gains 0.5: then the margin is 0.5.
     batch = batch_of((0.0, 1, 0), (0.5, 1, 0), (1.0, 1, 0), (1.0, 0, 0), (0.0, 0, 0))
-    assert list(slow_mask(batch, CalibrationOptions("mask", delta=0.25))) == [True, True, True, False, True]
-    assert list(slow_mask(batch, CalibrationOptions("mask", delta=0.75))) == [False, True, True, False, True]
+    assert list(slow_mask(batch, CalibrationConfig(method="mask", delta=0.25))) == [True, True, True, False, True]
+    assert list(slow_mask(batch, CalibrationConfig(method="mask", delta=0.75))) == [False, True, True, False, True]

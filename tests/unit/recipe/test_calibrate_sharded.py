@@ -17,25 +17,27 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_opd.config import CalibrationConfig
 from megatron_opd.recipe.calibrate import calibrate, calibrate_sharded
-from megatron_opd.recipe.calibration_options import CalibrationOptions
 
 RANKS = 4
 # First row of each rank; row 37 is inside a group, and in the world of four rank 1 has nothing.
 CUTS = {1: [0, 96], 2: [0, 37, 96], 4: [0, 37, 37, 61, 96]}
 OPTIONS = [
     *(
-        CalibrationOptions("shift", margin, scope, direction, 0.3, unit, max_shift=0.8)
+        CalibrationConfig(
+            method="shift", margin=margin, scope=scope, direction=direction, delta=0.3, delta_unit=unit, max_shift=0.8
+        )
         for margin, scope, direction, unit in product(
             ("mean", "minmax", "hinge"), ("group", "global"), ("spread", "balanced"), ("absolute", "sigma")
         )
     ),
     *(
-        CalibrationOptions("mask", margin, scope, delta=0.3)
+        CalibrationConfig(method="mask", margin=margin, scope=scope, delta=0.3)
         for margin in ("mean", "minmax")
         for scope in ("group", "global")
     ),
-    CalibrationOptions("mask_group", delta=0.3),
+    CalibrationConfig(method="mask_group", delta=0.3),
 ]
 
 

@@ -20,6 +20,9 @@ def sample_of(rng: np.random.Generator, prompt: int, response: int) -> TrainSamp
         advantages=rng.normal(size=response).astype(np.float32),
         behaviour_logprobs=-rng.random(response).astype(np.float32),
         weights=(rng.random(response) > 0.2).astype(np.float32) / response,
+        forward_weights=rng.random(response).astype(np.float32),
+        top_ids=rng.integers(3, 500, (response, 2)),
+        top_logprobs=-rng.random((response, 2)).astype(np.float32),
     )
 
 

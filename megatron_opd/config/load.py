@@ -1,0 +1,101 @@
+"""From YAML files and ``key=value`` arguments to a checked config, or to a list of every mistake."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from megatron_opd.config.run import Config
+from megatron_opd.errors import ConfigError
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Read ``path``, merge ``overrides`` from left to right (YAML files, or ``a.b=value``) and check everything.
+
+    A file may name files that it builds on, ``defaults: [recipe/uni_opd_text.yaml]``, relative to itself. Raises
+    ConfigError that lists every mistake.
+    """
+    malformed = [item for item in overrides if ("=" not in item and not item.endswith(".yaml")) or item.startswith("=")]
+    if malformed:
+        raise ConfigError(
+            "Malformed override", got=" ".join(malformed), expected="key=value, for example steps=2, or a .yaml file"
+        )
+    merged = _read(path, ())
+    for item in overrides:
+        is_file = "=" not in item
+        try:
+            merged = OmegaConf.merge(merged, _read(Path(item), ()) if is_file else OmegaConf.from_dotlist([item]))
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ConfigError("The config cannot be merged", where=item, got=error) from error
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError("The config cannot be resolved", where=path, got=error) from error
+    return parse_config(plain, where=str(path))
+
+
+def _read(path: Path, inside: tuple[Path, ...]) -> DictConfig:
+    """The file merged over what it builds on; ``inside``: the files that led here."""
+    if not path.is_file():
+        raise ConfigError("No such config file", where=path.absolute(), fix="give the path of a YAML file")
+    here = path.resolve()
+    if here in inside:
+        raise ConfigError("A config file builds on itself", where=path, got=" -> ".join(map(str, [*inside, here])))
+    try:
+        own = OmegaConf.load(path)
+        if not isinstance(own, DictConfig):
+            raise ConfigError("The config is not a mapping", where=path, got=type(own).__name__)
+        named = own.pop("defaults", [])
+        bases = [_read(path.parent / name, (*inside, here)) for name in named]
+        return OmegaConf.merge(*bases, own)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError("The config cannot be read", where=path, got=error) from error
+
+
+def parse_config(plain: object, where: str) -> Config:
+    """Check a plain mapping against the schema. Raises ConfigError that lists every mistake."""
+    if not isinstance(plain, dict):
+        raise ConfigError("The config is not a mapping", where=where, got=type(plain).__name__)
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        mistakes = [_describe(mistake) for mistake in error.errors()]
+        raise ConfigError(
+            f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the config",
+            where=where,
+            got="".join(f"\n    {mistake}" for mistake in mistakes),
+            fix="`megatron-opd config` prints every key with its default",
+        ) from error
+
+
+def _describe(mistake: dict) -> str:
+    location = [str(part) for part in mistake["loc"]]
+    key = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _siblings(location[:-1]), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if mistake["type"] == "missing":
+        return f"{key}: required, but not given"
+    if mistake["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{mistake['ctx']['error']}"
+    return f"{key}: got {mistake['input']!r}; {mistake['msg']}"
+
+
+def _siblings(location: list[str]) -> list[str]:
+    """Known keys beside the last part of ``location``."""
+    section: type[BaseModel] = Config
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:  # a key of a dictionary, such as teachers.math: the section is its value's already
+            continue
+        kinds = (field.annotation, *get_args(field.annotation))
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+    return list(section.model_fields)

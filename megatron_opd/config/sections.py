@@ -1,0 +1,217 @@
+"""The sections of the config: models, servers, data, and how they are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_opd.config.base import Port, PositiveFloat, PositiveInt, Section
+from megatron_opd.config.recipe import LazyConfig
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: Path
+    """Hugging Face checkpoint folder that the student starts from."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that share every matrix."""
+    data_parallel: PositiveInt = 1
+    """Copies of the student that split a batch."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks also split the tokens between matrices."""
+    backend: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Layers: Transformer Engine, or plain torch; auto takes Transformer Engine where a GPU and the package are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights and matrix products; gradients and optimizer state are float32 in both."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks run; auto takes a GPU when there is one."""
+    threads_per_rank: PositiveInt = 1
+    """CPU threads of one rank."""
+    row_tokens: PositiveInt = 4096
+    """Most tokens in one packed row, which is one micro-batch of one rank."""
+
+
+class OptimizerConfig(Section):
+    """Megatron's Adam and its scheduler."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of a decaying schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate goes from lr to min_lr after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps during which the rate grows linearly from 0 to lr."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.98
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+
+
+class EngineConfig(Section):
+    """How servers that this run starts are started."""
+
+    python: Path = Path(".venv-engine/bin/python")
+    """Python of the engine's own environment."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where servers run; auto takes a GPU when there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the served models."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the key-value cache in tokens; null lets the engine choose."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """Share of the device's memory for weights and key-value cache."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Longest wait for a server to become ready."""
+    request_timeout_s: PositiveFloat = 600.0
+    """Longest wait for one answer."""
+    max_concurrency: PositiveInt = 256
+    """Most requests under way at one server."""
+
+
+class ServerConfig(Section):
+    """One server: started by the run on this machine, or attached to by URL."""
+
+    url: str | None = None
+    """Attach to a running server, for example http://127.0.0.1:30000; null starts one."""
+    port: Port = 0
+    """Port of a started server; 0 takes a free one."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks of a started server."""
+    gpus: str | None = None
+    """CUDA_VISIBLE_DEVICES of a started server, for example "0,1"; null leaves the variable as it is."""
+
+
+class RolloutConfig(Section):
+    """How the student is sampled."""
+
+    prompts_per_step: PositiveInt = 64
+    """Prompts drawn for one optimizer step."""
+    samples_per_prompt: PositiveInt = 16
+    """Rollouts of each prompt: one group."""
+    max_new_tokens: PositiveInt = 16384
+    """Most tokens of one response."""
+    server: ServerConfig = ServerConfig()
+    """The engine that samples."""
+
+
+class TeacherConfig(Section):
+    """One frozen expert."""
+
+    model: Path
+    """Hugging Face checkpoint folder of the teacher; its tokenizer must equal the student's."""
+    server: ServerConfig = ServerConfig()
+    """The engine that scores."""
+
+
+class ColumnsConfig(Section):
+    """Which column of a prompt file holds what."""
+
+    prompt: str = "prompt"
+    """Text of the question, or a list of chat messages with role and content."""
+    answer: str = "answer"
+    """Reference for the verifier."""
+    domain: str | None = "domain"
+    """Domain of the record; null when the file has none, and default_domain holds for all."""
+    id: str | None = None
+    """Unique name of the record; null names it file:line."""
+    repeats: str | None = None
+    """How often the record appears in one epoch (``megatron-opd difficulty`` writes it); null: once."""
+
+
+class DataConfig(Section):
+    """Prompts to train on and to evaluate on."""
+
+    train: Path
+    """JSONL or parquet file of training prompts."""
+    eval: Path | None = None
+    """Held-out prompts of the evaluation; null evaluates nothing."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column map of the training file."""
+    eval_columns: ColumnsConfig | None = None
+    """Column map of the evaluation file; null uses columns."""
+    default_domain: str | None = None
+    """Domain of records without one; null makes such a record an error."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Most tokens of a prompt after the chat template; a longer one is an error."""
+    lazy: LazyConfig | None = None
+    """Draw prompts by what is known of their difficulty; null draws each prompt equally often."""
+
+
+class VerifierConfig(Section):
+    """How outcomes are decided: one verifier for each domain."""
+
+    kinds: dict[str, Literal["math", "code", "none"]] = {"math": "math", "code": "code"}
+    """Domain to verifier; "none" answers unknown."""
+    workers: PositiveInt = 1
+    """Processes that verify."""
+    timeout_s: PositiveFloat = 5.0
+    """Longest time for one response; a verification that takes longer is unknown."""
+
+
+class ScoringConfig(Section):
+    """What happens when a teacher's answer cannot be used."""
+
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """The run stops when a larger share of a step's rollouts is dropped."""
+    attempts: PositiveInt = 4
+    """Tries for one request before its rollout is dropped."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Most likely tokens of teacher and student that are fetched at each position; 0 fetches none."""
+
+
+class RefreshConfig(Section):
+    """How the rollout engine gets new weights."""
+
+    mode: Literal["broadcast"] = "broadcast"
+    """Way of transport: a process group that spans trainer and engine."""
+    host: str = "127.0.0.1"
+    """Address of the trainer's first rank, as the rollout engine reaches it."""
+    port: Port = 0
+    """Port at which the two meet; 0 takes a free one."""
+    bucket_mb: PositiveInt = 256
+    """Most megabytes of weights in one broadcast."""
+    probe_tolerance: PositiveFloat = 1e-4
+    """Largest difference of log-probs between engine and trainer on the probe sequence; 1e-4 is meant for float32."""
+    timeout_s: PositiveFloat = 300.0
+    """Longest time for one refresh."""
+
+
+class EvalConfig(Section):
+    """The evaluation before and after training."""
+
+    before: bool = True
+    """Whether the student is evaluated before training too."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses for each held-out prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    teachers: bool = True
+    """Whether each teacher is evaluated on its own domain too."""
+    limit: PositiveInt | None = None
+    """Most prompts of each domain; null takes all."""
+
+
+class CoordinatorConfig(Section):
+    """The process in the middle."""
+
+    host: str = "127.0.0.1"
+    """Address that it listens on; other machines need a bearer token, which every run has."""
+    port: Port = 0
+    """Port that it listens on; 0 takes a free one."""
+
+
+class RecordConfig(Section):
+    """What a run keeps of its rollouts."""
+
+    trajectories_every: Annotated[int, Field(ge=0)] = 1
+    """Every how many steps all rollouts are kept as parquet, for ``megatron-opd audit``; 0 keeps none."""

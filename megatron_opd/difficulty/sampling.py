@@ -1,0 +1,131 @@
+"""Sampling and judging every prompt that the journal lacks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_opd.config import Config
+from megatron_opd.difficulty.console import DifficultyConsole
+from megatron_opd.difficulty.journal import Journal, Sampled
+from megatron_opd.engines.rollout import RolloutEngine
+from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.errors import EngineError
+from megatron_opd.records import Outcome, Prompt
+from megatron_opd.runtime.http import wait_until_ready
+from megatron_opd.runtime.process import Child
+from megatron_opd.runtime.supervision import POLL_S, death, signals_cancel
+from megatron_opd.verifiers.pool import VerifierPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+async def sample_all(
+    config: Config,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    url: str,
+    server: Child | None,
+    journal: Journal,
+    console: DifficultyConsole,
+) -> None:
+    """Put every prompt that is not in ``journal`` into it, ``difficulty.concurrency`` of them under way at once.
+
+    server: the engine at ``url`` where this run started it. Raises ProcessError when it dies, EngineError when it
+    fails for good or its weights change, StoppedBySignal.
+    """
+    with signals_cancel():
+        async with AsyncExitStack() as stack:
+            limits = config.engine
+            client = SGLangClient(url, timeout_s=limits.request_timeout_s, max_concurrency=limits.max_concurrency)
+            stack.push_async_callback(client.close)
+            verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+            stack.push_async_callback(verifiers.close)
+            if server is None:
+                console.attached(url)
+                await wait_until_ready(f"{client.url}/ready", limits.start_timeout_s)
+                await _note_another_model(client, config, console)
+            engine = RolloutEngine(client, tokenizer, config.scoring.attempts)
+            todo = iter([prompt for prompt in prompts if prompt.id not in journal.done])
+            jobs = [
+                _work(config, todo, engine, verifiers, journal, console) for _ in range(config.difficulty.concurrency)
+            ]
+            console.sampling(len(journal.done), len(prompts))
+            await _all_or_first_failure(asyncio.gather(*jobs), asyncio.create_task(_until_death(server)))
+    if journal.weights != -1:
+        console.note(f"{url} has refreshed weights (version {journal.weights}), not those of {config.student.model}")
+
+
+async def _all_or_first_failure(work: asyncio.Future, watch: asyncio.Task) -> None:
+    """Wait for ``work``; whatever ends first, nothing goes on afterwards."""
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if watch.done():
+            watch.result()
+        work.result()
+    finally:
+        work.cancel()
+        watch.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def _until_death(server: Child | None) -> None:
+    """Raise ProcessError when ``server`` ends; never return."""
+    while server is None or server.returncode is None:
+        await asyncio.sleep(POLL_S)
+    raise death(server)
+
+
+async def _work(
+    config: Config,
+    todo: Iterator[Prompt],
+    engine: RolloutEngine,
+    verifiers: VerifierPool,
+    journal: Journal,
+    console: DifficultyConsole,
+) -> None:
+    """One prompt after another, until there are no more."""
+    for prompt in todo:
+        journal.add(await _sample(config, prompt, engine, verifiers), engine.client.url)
+        console.sampled()
+
+
+async def _sample(config: Config, prompt: Prompt, engine: RolloutEngine, verifiers: VerifierPool) -> Sampled:
+    options = config.difficulty
+    rollouts = await engine.sample_group(
+        prompt,
+        0,
+        options.samples,
+        config.rollout.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+    )
+    versions = {int(version) for rollout in rollouts for version in rollout.versions}
+    if len(versions) != 1:
+        raise EngineError(
+            "The server's weights changed while a prompt was sampled",
+            where=f"{engine.client.url}, prompt {prompt.id}",
+            got=f"weight versions {sorted(versions)}",
+            expected="one version",
+        )
+    verdicts = await asyncio.gather(*(verifiers.verify(prompt.domain, r.text, prompt.answer) for r in rollouts))
+    return Sampled(
+        id=prompt.id,
+        outcomes=[int(verdict.outcome) for verdict in verdicts],
+        tokens=sum(len(rollout.token_ids) for rollout in rollouts),
+        cut=sum(rollout.finish_reason == "length" for rollout in rollouts),
+        weights=versions.pop(),
+        unknown=[verdict.reason for verdict in verdicts if verdict.outcome == Outcome.UNKNOWN],
+    )
+
+
+async def _note_another_model(client: SGLangClient, config: Config, console: DifficultyConsole) -> None:
+    """An attached server may hold another model, or the same under another path: only the user can tell."""
+    served = (await client.server_info()).get("model_path")
+    if served is not None and Path(served).absolute() != config.student.model.absolute():
+        console.note(f"{client.url} serves {served}; the samples are stored as those of {config.student.model}")
