@@ -61,6 +61,23 @@ def difficulty(config: ConfigFile, overrides: Overrides = None) -> None:
             raise typer.Exit(128 + stop.number) from None
 
 
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="Folder of audit.json and audit.html; else the run's own")] = None,
+) -> None:
+    """Compute every diagnostic of a run from its saved rollouts, without a model, and write a page about them."""
+    from megatron_opd.audit.report import audit as run_audit
+    from megatron_opd.observe.console import RunConsole
+
+    try:
+        report = run_audit(run, out)
+    except OpdError as error:
+        RunConsole().error(error)
+        raise typer.Exit(1) from None
+    typer.echo("\n".join(report.lines()))
+
+
 @app.command("config")
 def show_config() -> None:
     """Print every key of the config with its type, default and meaning."""

@@ -36,7 +36,8 @@ ALLOWED = {
     "student": FOUNDATION | {"runtime", "recipe", "engines", "observe"},
     "train": FOUNDATION | {"runtime", "data", "engines", "observe", "student"},
     "difficulty": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "observe", "train"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe"},
+    "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit"},
 }
 
 

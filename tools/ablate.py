@@ -11,7 +11,6 @@ step in which it has generated max_generated_tokens of conf/ablation.yaml.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from ablation.cells import WEIGHTED, controls, grid
 from ablation.results import figure, mean_shift, read_run, table
 
 from megatron_opd.config import Config, load_config
+from megatron_opd.data.inputs import read_inputs
+from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.runtime.process import start, stop_all
 from megatron_opd.runtime.supervision import answers, signals_raise
 from megatron_opd.train.roles import assign_endpoints, server_roles
@@ -80,8 +81,9 @@ def run_all(seeds: list[int], out: Path, extra: list[str]) -> None:
 
 def tabulate(out: Path) -> None:
     """Write and print the table of all runs that are finished."""
-    rows = map(json.loads, Path(load_config(CONFIG, []).data.eval).read_text().splitlines())
-    prompts = {row["id"]: row["prompt"] for row in rows}
+    config = load_config(CONFIG, [])
+    _, held_out = read_inputs(config, load_tokenizer(config.student.model))
+    prompts = {prompt.id: prompt.text for prompt in held_out}
     outcomes = {}
     for cell in [*grid(), *controls(0.0)]:
         folders = sorted(out.glob(f"{cell.replace('+', '_').replace(' ', '_')}-[0-9]*"))

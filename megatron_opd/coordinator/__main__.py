@@ -47,7 +47,8 @@ async def coordinate(run: RunDirectory) -> None:
     async with AsyncExitStack() as stack:
         await _serve(stack, board, endpoints.coordinator)
         attempts, top_k = config.scoring.attempts, config.scoring.top_k
-        engine = RolloutEngine(await _client(stack, endpoints.rollout, config), tokenizer, attempts, top_k)
+        client = await _client(stack, endpoints.rollout, config)
+        engine = RolloutEngine(client, tokenizer, attempts, top_k)
         clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
         reference = await _client(stack, endpoints.reference, config) if endpoints.reference else None
         verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
@@ -57,7 +58,10 @@ async def coordinate(run: RunDirectory) -> None:
             stages=Stages(
                 engine, verifiers, _teachers(config, clients, reference), config.rollout, config.balance, config.seed
             ),
-            graders={domain: RolloutEngine(client, tokenizer, attempts) for domain, client in clients.items()},
+            student_sampler=RolloutEngine(client, tokenizer, attempts),
+            teacher_samplers={
+                domain: RolloutEngine(teacher, tokenizer, attempts) for domain, teacher in clients.items()
+            },
             stream=_stream(config, train),
             held_out=first_of_each_domain(held_out, config.evaluation.limit),
             board=board,
@@ -97,7 +101,13 @@ def _teachers(config: Config, clients: dict[str, SGLangClient], reference: SGLan
         Teacher(domain, client, _vocab_size(config.teachers[domain].model)) for domain, client in clients.items()
     ]
     free = Teacher("reference", reference, _vocab_size(config.reference.model)) if reference else None
-    return TeacherPool(teachers, config.scoring.attempts, reference=free, top_k=config.scoring.top_k)
+    return TeacherPool(
+        teachers,
+        config.scoring.attempts,
+        reference=free,
+        top_k=config.scoring.top_k,
+        student_vocab_size=_vocab_size(config.student.model),
+    )
 
 
 def _stream(config: Config, prompts: list[Prompt]) -> PromptStream:

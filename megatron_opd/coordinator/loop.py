@@ -48,7 +48,8 @@ class Loop:
 
     config: Config
     stages: Stages
-    graders: dict[str, RolloutEngine]  # domain -> its teacher, as a sampler for the evaluation
+    student_sampler: RolloutEngine  # for the evaluation, as the next
+    teacher_samplers: dict[str, RolloutEngine]  # by domain
     stream: PromptStream
     held_out: Sequence[Prompt]
     board: BatchBoard
@@ -145,9 +146,9 @@ class Loop:
         if not self.held_out:
             return
         self.recorder.event("evaluating", when=when, prompts=len(self.held_out))
-        jobs = {when: self._grade(self.stages.engine, self.held_out)}
-        for domain, grader in self.graders.items() if with_teachers else ():
-            jobs[f"teacher {domain}"] = self._grade(grader, [item for item in self.held_out if item.domain == domain])
+        jobs = {when: self._grade(self.student_sampler, self.held_out)}
+        for domain, sampler in self.teacher_samplers.items() if with_teachers else ():
+            jobs[f"teacher {domain}"] = self._grade(sampler, [item for item in self.held_out if item.domain == domain])
         results = dict(zip(jobs, await asyncio.gather(*jobs.values()), strict=True))
         self._write_evaluation(when, results[when])
         for name, graded in results.items():

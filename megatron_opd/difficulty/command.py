@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,6 @@ from megatron_opd.difficulty.sampling import sample_all
 from megatron_opd.difficulty.weighing import DomainWeights, weigh
 from megatron_opd.difficulty.weighted import REPEATS, check_convertible, write_weighted
 from megatron_opd.engines.command import check_engine_python
-from megatron_opd.errors import OpdError
 from megatron_opd.records import Prompt
 from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
 from megatron_opd.runtime.supervision import await_ready, ignore_signals, signals_raise
@@ -91,15 +91,15 @@ def estimate(config: Config, arguments: Sequence[str], console: DifficultyConsol
 
 def _check(config: Config) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:
     """What the run needs. Raises OpdError: the one mistake, or a list of all."""
-    found: list[OpdError] = []
-    if config.rollout.server.url is None:
-        found += attempt(lambda: check_engine_python(config.engine))
+    found = [] if config.rollout.server.url else attempt(lambda: check_engine_python(config.engine))
     missing = attempt(lambda: check_model("student.model", config.student.model))
-    raise_together(found + missing) if missing else None
+    if missing:
+        raise_together(found + missing)  # what follows reads the model
     found += attempt(lambda: check_context("student.model", config.student.model, config))
-    inputs = []
-    unreadable = attempt(lambda: inputs.extend(_inputs(config)))
-    raise_together(found + unreadable + ([] if unreadable else attempt(lambda: check_convertible(config.data.train))))
+    inputs: list = []
+    unread = attempt(lambda: inputs.extend(_inputs(config)))
+    found += unread or attempt(lambda: check_convertible(config.data.train))
+    raise_together(found)
     tokenizer, prompts = inputs
     return tokenizer, prompts
 
@@ -133,6 +133,7 @@ def _sampled(
                 console.kept(len(journal.done), len(prompts))
                 raise
         rows = [journal.done[name] for name in ids]
+        console.judged(rows)
         write_pass_rates(
             folder.pass_rates,
             ids,
@@ -179,8 +180,8 @@ def _weigh(config: Config, folder: Folder, rates: PassRates) -> list[DomainWeigh
         int(passes) / int(graded) if graded else None for passes, graded in zip(rates.passes, rates.graded, strict=True)
     ]
     write_weighted(config.data.train, folder.weighted, repeats.tolist(), shares)
-    title = f"{config.student.model} on {config.data.train}"
-    draw_histograms(folder.picture, rows, title)
+    cap = config.difficulty.max_repeats
+    draw_histograms(folder.picture, rows, f"{config.student.model} on {config.data.train}, at most {cap} repeats")
     summary = {
         "model": rates.model,
         "settings": rates.settings,
@@ -208,5 +209,7 @@ def _summary(row: DomainWeights) -> dict[str, object]:
 
 
 def _next_command(arguments: Sequence[str], folder: Folder) -> str:
-    kept = [item for item in arguments if not item.startswith(("difficulty.", "data.train=", "data.columns.repeats="))]
-    return " ".join(["megatron-opd train", *kept, f"data.train={folder.weighted}", f"data.columns.repeats={REPEATS}"])
+    replaced = ("difficulty.", "data.train=", "data.columns.repeats=")
+    kept = [item for item in arguments if not item.startswith(replaced)]
+    weighted = [f"data.train={folder.weighted}", f"data.columns.repeats={REPEATS}"]
+    return shlex.join(["megatron-opd", "train", *kept, *weighted])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from megatron_opd import __version__
 from megatron_opd.config import Config
+from megatron_opd.difficulty.journal import Sampled
 from megatron_opd.difficulty.weighing import DomainWeights, name_of, raised_bins
 from megatron_opd.observe.console import ProgressConsole
 
@@ -74,6 +76,17 @@ class DifficultyConsole(ProgressConsole):
     def kept(self, done: int, total: int) -> None:
         """The run ends early."""
         self._say(f"{done} of {total} prompts are kept in samples.jsonl; the same command goes on from there")
+
+    def judged(self, rows: Sequence[Sampled]) -> None:
+        """All prompts are finished."""
+        self._describe("sampled")
+        responses, unknown = sum(len(row.outcomes) for row in rows), sum(len(row.unknown) for row in rows)
+        self._say(
+            f"{responses} responses, {sum(row.tokens for row in rows)} tokens; {sum(row.cut for row in rows)} "
+            f"responses cut at the token limit; {unknown} of unknown outcome"
+        )
+        for reason, count in Counter(reason for row in rows for reason in row.unknown).most_common(3):
+            self._say(f"  {count} x {reason}")
 
     def weighed(self, rows: Sequence[DomainWeights]) -> None:
         """A table for each domain, and a line that says what it means."""

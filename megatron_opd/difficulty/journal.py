@@ -61,6 +61,7 @@ class Journal:
         journal, DataError when a line cannot be used.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_folder(path)
         file = path.open("a+b")
         try:
             _lock(path, file)
@@ -122,6 +123,18 @@ class Journal:
             self.done[sampled.id] = sampled
 
 
+def _check_folder(path: Path) -> None:
+    others = [] if path.exists() else sorted(item.name for item in path.parent.iterdir())
+    if others:
+        raise ConfigError(
+            "The folder holds something else than a difficulty run",
+            where=path.parent.absolute(),
+            got=", ".join(others[:6]),
+            expected=f"no folder, an empty one, or one with {path.name}",
+            fix="choose another folder with difficulty.output=...",
+        )
+
+
 def _lock(path: Path, file: BinaryIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,10 +166,14 @@ def _check_identity(path: Path, header: dict, identity: dict[str, object]) -> No
         raise ConfigError(
             f"The samples in this folder were drawn with another {', '.join(different)}",
             where=path.absolute(),
-            got=", ".join(f"{key} {now.get(key)}" for key in different),
-            expected=", ".join(f"{key} {was.get(key)}" for key in different) + ", as the folder began",
-            fix=f"put it back; or {REMOVE}",
+            got=_show(different, now),
+            expected=f"{_show(different, was)}, as the folder began",
+            fix=f"put it back, {REMOVE}",
         )
+
+
+def _show(keys: list[str], values: dict[str, object]) -> str:
+    return ", ".join(f"{key} = {json.dumps(values.get(key))}" for key in keys)
 
 
 def _sampled(path: Path, number: int, line: bytes, samples: int) -> Sampled:

@@ -49,7 +49,7 @@ def _panel(panel: Axes, row: DomainWeights) -> None:
     alone = f"; {row.left_alone} with unknown outcomes left alone" if row.left_alone else ""
     panel.set_title(f"{row.domain}: {name_of(row.shape)}, {raised_bins(row.raised)}{alone}", fontsize=10)
     panel.set_xlabel(f"passes c of {samples} samples (hard to easy)")
-    panel.set_ylabel("number of prompts, of appearances")
+    panel.set_ylabel("prompts, appearances")
     panel.set_xticks(passes if samples <= 32 else passes[:: samples // 16])
     panel.margins(y=0.12)
     panel.grid(axis="y", alpha=0.3)

@@ -76,7 +76,7 @@ def weigh(rates: PassRates, options: DifficultyConfig, seed: int) -> tuple[np.nd
 
 def name_of(shape: Shape) -> str:
     """The shape as a person says it."""
-    return {"U": "U", "J": "J", "mirrored_J": "mirrored J", "flat": "flat"}[shape]
+    return {"U": "U-shaped", "J": "J-shaped", "mirrored_J": "mirrored J", "flat": "flat"}[shape]
 
 
 def raised_bins(raised: range) -> str:

@@ -26,11 +26,13 @@ STEP_FIELDS = (  # label, metric, format
     ("loss", "loss/policy", "{:+.4f}"),
     ("gap", "opd/gap", "{:+.3f}"),
     ("correct", "reward/correct", "{:.0%}"),
+    ("kept", "balance/kept", "{:.0%}"),
+    ("auc", "order/auc", "{:.2f}"),
+    ("shift", "calibration/mean_shift", "{:.2f}"),
     ("length", "rollout/length", "{:.0f}"),
     ("grad", "loss/grad_norm", "{:.2f}"),
     ("collect", "time/collect_s", "{:.1f}s"),
     ("train", "time/train_s", "{:.1f}s"),
-    ("refresh", "refresh/seconds", "{:.2f}s"),
     ("tok/s", "perf/tokens_per_s", "{:.0f}"),
 )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_opd.config import BalanceConfig
-from megatron_opd.errors import DataError
+from megatron_opd.recipe.labels import check_labels
 from megatron_opd.records import Outcome
 
 # Share by which the band is widened: rounded bounds would shut out counts that lie on them, such as 3:9 for a ratio of
@@ -134,25 +134,6 @@ def refill_needed(keep: np.ndarray, target: int, samples_per_prompt: int = 1) ->
         (rollouts * len(keep), samples_per_prompt * kept) if kept else (rollouts, samples_per_prompt)
     )
     return Refill(rollouts=rollouts, prompts=-(-numerator // denominator))
-
-
-def check_labels(outcomes: np.ndarray, groups: np.ndarray) -> None:
-    """Raises DataError unless both are integer arrays of one length [n] and outcomes hold only 1, 0 and -1.
-
-    Booleans and floats are refused: they have no place for "unknown", and reading them as one invites counting a
-    verifier's failure as a wrong answer.
-    """
-    for name, values in (("outcomes", outcomes), ("groups", groups)):
-        if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iu":
-            got = f"{values.dtype} {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
-            raise DataError(f"{name} cannot be used", got=got, expected="an integer array of one dimension")
-    if len(outcomes) != len(groups):
-        raise DataError(
-            "outcomes and groups differ in length", got=f"{len(outcomes)} and {len(groups)}", expected="one n"
-        )
-    bad = np.unique(outcomes[(outcomes < -1) | (outcomes > 1)])
-    if len(bad):
-        raise DataError("outcomes hold unknown labels", got=bad[:5].tolist(), expected="1, 0 or -1")
 
 
 def random_keys(*words: int | np.ndarray) -> np.ndarray:

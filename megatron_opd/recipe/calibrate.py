@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_opd.config import CalibrationConfig
+from megatron_opd.recipe.labels import check_rollouts
 from megatron_opd.recipe.margin import TOLERANCE, Sides, arrange, dense, deviations, margins
 from megatron_opd.recipe.mask import keep_greedily, keep_groups
 from megatron_opd.recipe.shift import improvements
@@ -79,10 +80,11 @@ def calibrate(returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray, opt
     scope "global" only the batch is a unit. Results do not depend on the order of the input, with one exception: where
     "mask" must choose between equal returns of one side, the later one goes, so the kept values are the same.
 
-    Raises ValueError for a wrong type, shape, length or outcome. Source and meaning of the options:
+    Raises DataError (a ValueError) for a wrong type, shape, length or outcome. Source and meaning of the options:
     ``CalibrationConfig``. Cost: O(n log n), sorts only.
     """
-    values = _checked(returns, outcomes, groups)
+    check_rollouts(returns, outcomes, groups)
+    values = returns.astype(np.float64)
     graded = np.flatnonzero((outcomes != Outcome.UNKNOWN) & np.isfinite(values))
     numbers, number = np.unique(groups, return_inverse=True)
     taking_part = (values[graded], outcomes[graded])
@@ -118,7 +120,8 @@ def calibrate_sharded(
     Raises ValueError as ``calibrate`` does, for group numbers of 2**53 and more (they travel as float64), and when
     ``gather`` does not return this rank's rows unchanged. A rank that raises leaves the others waiting in ``gather``.
     """
-    values = _checked(returns, outcomes, groups)
+    check_rollouts(returns, outcomes, groups)
+    values = returns.astype(np.float64)
     if len(groups) and not -_EXACT_IN_FLOAT64 < int(groups.min()) <= int(groups.max()) < _EXACT_IN_FLOAT64:
         raise ValueError(f"groups: got {groups.min()} to {groups.max()}, expected numbers below 2**53 in size")
     local = np.stack([values, outcomes.astype(np.float64), groups.astype(np.float64)], axis=1)
@@ -128,25 +131,6 @@ def calibrate_sharded(
         raise ValueError(f"gather: got {rows.dtype} {rows.shape} and first row {first}, expected own rows unchanged")
     whole = calibrate(rows[:, 0], rows[:, 1].astype(np.int8), rows[:, 2].astype(np.int64), options)
     return Calibration(whole.offsets[own], whole.keep[own], whole.report)
-
-
-def _checked(returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The returns as float64; raises ValueError unless all three are what ``calibrate`` says."""
-    for name, array, kind, wanted in (
-        ("returns", returns, "f", "float"),
-        ("outcomes", outcomes, "i", "signed integer"),
-        ("groups", groups, "i", "signed integer"),
-    ):
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{name}: got {type(array).__name__}, expected a numpy array [n] of {wanted}")
-        if array.dtype.kind != kind or array.ndim != 1:
-            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected [n] of {wanted}")
-        if len(array) != len(returns):
-            raise ValueError(f"{name}: got {len(array)}, expected {len(returns)}, one for each return")
-    wrong = (outcomes < Outcome.UNKNOWN) | (outcomes > Outcome.CORRECT)
-    if wrong.any():
-        raise ValueError(f"outcomes: got {outcomes[wrong][0]}, expected 1 correct, 0 incorrect or -1 unknown")
-    return returns.astype(np.float64)
 
 
 def _report(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_opd.errors import DataError
-from megatron_opd.recipe.balance import check_labels
+from megatron_opd.recipe.labels import check_rollouts
 from megatron_opd.records import Outcome
 
 
@@ -57,7 +57,7 @@ def order_report(returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray) 
 
     Raises DataError (a ValueError) for arrays of another type or length. Cost: one sort of the rollouts.
     """
-    _check(returns, outcomes, groups)
+    check_rollouts(returns, outcomes, groups)
     rows = group_order(returns, outcomes, groups)
     return _summary(rows, np.ones(len(rows.ids), dtype=bool), _usable(returns, outcomes))
 
@@ -69,7 +69,7 @@ def order_by_label(
 
     Raises DataError where a group carries two labels: pairs of different teachers are not comparable.
     """
-    _check(returns, outcomes, groups)
+    check_rollouts(returns, outcomes, groups)
     if labels.shape != groups.shape:
         raise DataError(
             "labels and groups differ in shape", got=f"{labels.shape} and {groups.shape}", expected="one [n]"
@@ -136,13 +136,6 @@ def _doubled_ranks(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 def _usable(returns: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
     return np.isfinite(returns) & (outcomes != Outcome.UNKNOWN)
-
-
-def _check(returns: np.ndarray, outcomes: np.ndarray, groups: np.ndarray) -> None:
-    check_labels(outcomes, groups)
-    if not isinstance(returns, np.ndarray) or returns.shape != outcomes.shape or returns.dtype.kind != "f":
-        got = f"{returns.dtype} {returns.shape}" if isinstance(returns, np.ndarray) else type(returns).__name__
-        raise DataError("returns cannot be used", got=got, expected=f"a float array of shape {outcomes.shape}")
 
 
 def _summary(rows: GroupOrder, chosen: np.ndarray, usable: np.ndarray) -> OrderReport:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_opd.errors import ConfigError, DataError
-from megatron_opd.recipe.balance import check_labels, random_keys, rank_within
+from megatron_opd.recipe.balance import random_keys, rank_within
+from megatron_opd.recipe.labels import check_labels
 from megatron_opd.records import Outcome
 
 # The first word of the placebo's hash. Without it, its draw would follow from the one that ``balance`` makes.

@@ -72,3 +72,65 @@ def test_the_reference_names_every_key_with_a_sentence() -> None:
     keys, sentences = lines[::2], lines[1::2]
     assert any(key.startswith("teachers.<name>.model:") for key in keys)
     assert all(sentence.strip().endswith(".") for sentence in sentences)
+
+
+def test_a_file_builds_on_others_and_wins_over_them(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "base.yaml").write_text(f"defaults: [{TOY}]\nsteps: 3\nseed: 1\nbalance: null\n")
+    (tmp_path / "own.yaml").write_text("defaults: [deep/base.yaml]\nseed: 2\n")
+    config = load_config(tmp_path / "own.yaml", [])
+    assert (config.steps, config.seed, config.name, config.balance) == (3, 2, "toy", None)
+    (tmp_path / "more.yaml").write_text("seed: 5\ncalibration: {delta: 0.1}\n")
+    config = load_config(tmp_path / "own.yaml", ["seed=4", str(tmp_path / "more.yaml"), "steps=7"])
+    assert (config.seed, config.steps, config.calibration.delta) == (5, 7, 0.1)
+    assert config.calibration.direction == "spread"  # what the recipe says beside it stays
+
+
+def test_a_file_that_builds_on_itself_or_on_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("defaults: [b.yaml]\n")
+    (tmp_path / "b.yaml").write_text("defaults: [a.yaml]\n")
+    with pytest.raises(ConfigError, match="builds on itself"):
+        load_config(tmp_path / "a.yaml", [])
+    (tmp_path / "c.yaml").write_text("defaults: [missing.yaml]\n")
+    with pytest.raises(ConfigError, match="No such config file") as caught:
+        load_config(tmp_path / "c.yaml", [])
+    assert "missing.yaml" in str(caught.value)
+
+
+def test_null_switches_a_part_off_and_a_value_switches_it_on() -> None:
+    plain = load_config(TOY, ["conf/recipe/opd.yaml"])
+    assert plain.balance is None and plain.calibration is None
+    assert load_config(TOY, ["balance=null"]).balance is None
+    assert load_config(TOY, ["conf/recipe/opd.yaml", "balance.ratio=2"]).balance.ratio == 2.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.teacher_scale=1.25"], "needs reference"),
+        (["reference.model=x"], "of use to nothing else"),
+        (["objective.forward_kl=1"], "set scoring.top_k"),
+        (["objective.forward_kl=1", "scoring.top_k=4", "objective.forward_kl_entropy=2"], "at most 1.609"),
+        (["objective.domain_weights.law=1"], "domain_weights.law names no teacher"),
+        (["calibration=null", "objective.placebo=true"], "calibration, which is null"),
+        (["objective.gap_floor=1", "objective.gap_ceiling=0"], "is not below"),
+        (["calibration.margin=hinge", "calibration.method=mask"], "hinge is a way to shift"),
+        (["calibration.direction=correct_up"], "calibration.direction: got 'correct_up'"),
+        (["balance.ration=1"], "did you mean ratio?"),
+        (["balance.ratio=0"], "balance.ratio: got 0"),
+        (["data.lazy.priors=1"], "did you mean prior?"),
+    ],
+)
+def test_parts_of_the_recipe_that_do_not_fit_are_told(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TOY, overrides)
+    assert said in str(caught.value)
+
+
+def test_the_paper_settings_are_the_papers() -> None:
+    text = load_config(TOY, ["conf/recipe/uni_opd_text.yaml"])
+    assert (text.calibration.margin, text.calibration.direction, text.calibration.delta) == ("mean", "spread", 0.4)
+    assert (text.rollout.prompts_per_step, text.rollout.samples_per_prompt, text.optimizer.lr) == (64, 16, 1e-6)
+    images = load_config(TOY, ["conf/recipe/uni_opd_multimodal.yaml"])
+    assert (images.calibration.margin, images.calibration.direction, images.calibration.delta) == ("mean", "lift", 0.0)
+    assert images.balance == text.balance and text.balance.ratio == 1.0 and text.balance.scope == "group"

@@ -7,13 +7,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import BalanceConfig, RolloutConfig
 from megatron_opd.coordinator.stages import Stages, check_dropped_share, drop_reasons
 from megatron_opd.errors import EngineError
 from megatron_opd.records import Dropped, Outcome, Prompt, Rollout, Scored, Verified
 from megatron_opd.verifiers.base import Verdict
-
-PROMPTS = [Prompt(f"p{i}", "math", "?", (5, 6), str(i)) for i in range(3)]
 
 
 class FakeEngine:
@@ -54,24 +52,113 @@ class FakeTeachers:
         return Scored(verified, "math", np.full(2, -1.0, np.float32))
 
 
-def stages(version: int, verifiers: FakeVerifiers | None = None) -> Stages:
-    rollout = RolloutConfig(samples_per_prompt=4)
-    return Stages(FakeEngine(version), verifiers or FakeVerifiers(), FakeTeachers(), rollout)
+class Source:
+    """Draws the prompts p0, p1, ... and remembers how many were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, count: int) -> list[Prompt]:
+        first = sum(self.asked)
+        self.asked.append(count)
+        return [Prompt(f"p{first + i}", "math", "?", (5, 6), str(first + i)) for i in range(count)]
+
+
+def stages(
+    version: int,
+    verifiers: FakeVerifiers | None = None,
+    teachers: FakeTeachers | None = None,
+    balancing: BalanceConfig | None = None,
+) -> Stages:
+    rollout = RolloutConfig(prompts_per_step=3, samples_per_prompt=4)
+    return Stages(FakeEngine(version), verifiers or FakeVerifiers(), teachers or FakeTeachers(), rollout, balancing, 0)
+
+
+class WillingTeachers:
+    """Scores everything, the first rollouts last, and counts."""
+
+    def __init__(self) -> None:
+        self.scored = 0
+
+    async def score(self, verified: Verified) -> Scored:
+        self.scored += 1
+        await asyncio.sleep(0.02 if verified.rollout.prompt.id == "p0" else 0.0)
+        return Scored(verified, "math", np.full(2, -1.0, np.float32))
+
+
+def names(items: list[Verified]) -> list[str]:
+    return [f"{item.rollout.prompt.id}:{item.reason}" for item in items]
 
 
 async def test_every_rollout_is_scored_or_dropped_with_its_outcome_and_group() -> None:
-    verifiers = FakeVerifiers()
-    result = await stages(3, verifiers).collect(PROMPTS, version=3, first_group=30)
-    assert len(result.scored) == 9 and len(result.dropped) == 3 and result.generated_tokens == 24
+    verifiers, source = FakeVerifiers(), Source()
+    result = await stages(3, verifiers).collect(source, version=3, first_group=30)
+    assert source.asked == [3] and result.refills == 0
+    assert len(result.scored) == 9 and len(result.dropped) == 3 and not result.unscored
+    assert len(result.verified) == 12 and result.balanced == [True] * 9
     assert {item.verified.rollout.group for item in result.scored} == {30, 31, 32}
     assert sum(item.verified.outcome == Outcome.CORRECT for item in result.scored) == 3
     assert verifiers.most == 12  # groups and rollouts side by side
-    assert set(result.stage_seconds) == {"generate", "verify", "score"} and result.stage_seconds["verify"] >= 0.01
+    assert set(result.mean_stage_seconds) == {"generate", "verify", "score"}
+    assert result.mean_stage_seconds["verify"] >= 0.01
+
+
+async def test_the_order_is_that_of_the_prompts_whichever_is_ready_first() -> None:
+    result = await stages(3, teachers=WillingTeachers()).collect(Source(), version=3, first_group=0)
+    assert [item.verified.rollout.group for item in result.scored] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+async def test_what_balancing_drops_is_never_scored() -> None:
+    teachers = WillingTeachers()
+    result = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), version=3, first_group=0)
+    assert teachers.scored == len(result.scored) == 6 and len(result.unscored) == 6 and all(result.balanced)
+    for group in range(3):
+        outcomes = [item.verified.outcome for item in result.scored if item.verified.rollout.group == group]
+        assert sorted(outcomes) == [Outcome.INCORRECT, Outcome.CORRECT]
+    again = await stages(3, balancing=BalanceConfig(), teachers=WillingTeachers()).collect(
+        Source(), version=3, first_group=0
+    )
+    assert names(again.unscored) == names(result.unscored)  # seeded: a resumed run repeats the draw
+    other = await stages(4, balancing=BalanceConfig(), teachers=WillingTeachers()).collect(
+        Source(), version=4, first_group=0
+    )
+    assert names(other.unscored) != names(result.unscored)
+
+
+async def test_balancing_after_scoring_scores_everything_and_marks_what_is_not_trained() -> None:
+    teachers, order = WillingTeachers(), BalanceConfig(order="after_scoring")
+    result = await stages(3, teachers=teachers, balancing=order).collect(Source(), version=3, first_group=0)
+    assert teachers.scored == len(result.scored) == 12 and not result.unscored
+    before = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), version=3, first_group=0)
+    kept = [item.verified for item, kept in zip(result.scored, result.balanced, strict=True) if kept]
+    assert names(kept) == names([item.verified for item in before.scored])
+
+
+async def test_the_global_scope_balances_the_step_as_one() -> None:
+    everywhere = BalanceConfig(scope="global")
+    result = await stages(3, teachers=WillingTeachers(), balancing=everywhere).collect(
+        Source(), version=3, first_group=0
+    )
+    outcomes = [item.verified.outcome for item in result.scored]
+    assert outcomes.count(Outcome.CORRECT) == outcomes.count(Outcome.INCORRECT) == 3
+    assert len(result.stage_seconds) == 3
+
+
+async def test_a_refill_draws_further_prompts_until_the_step_has_its_size() -> None:
+    source = Source()
+    refilled = BalanceConfig(refill_rounds=5)
+    result = await stages(3, teachers=WillingTeachers(), balancing=refilled).collect(source, version=3, first_group=7)
+    # Half of each group stays: 6 of 12 are missing, which is 3 prompts; then nothing is.
+    assert source.asked == [3, 3] and result.refills == 3 and len(result.scored) == 12
+    assert sorted({item.rollout.group for item in result.verified}) == list(range(7, 13))
+    once = Source()
+    await stages(3, teachers=WillingTeachers(), balancing=BalanceConfig()).collect(once, version=3, first_group=0)
+    assert once.asked == [3]
 
 
 async def test_a_token_of_other_weights_stops_the_step() -> None:
     with pytest.raises(EngineError, match="other weights") as caught:
-        await stages(2).collect(PROMPTS, version=3, first_group=0)
+        await stages(2).collect(Source(), version=3, first_group=0)
     assert "[2]" in str(caught.value) and "expected: 3" in str(caught.value) and "p0" in str(caught.value)
 
 

@@ -65,6 +65,7 @@ BAD = {
     "fewer log-probs than tokens": {"output_token_logprobs": GOOD["meta_info"]["output_token_logprobs"][:2]},
     "log-probs of other tokens": {"output_token_logprobs": [[-0.5, 8, None], [-1.0, 7, None], [-0.1, 2, None]]},
     "a log-prob that is not finite": {"output_token_logprobs": [[None, 8, None], [-1.0, 9, None], [-0.1, 2, None]]},
+    "minus infinity": {"output_token_logprobs": [[float("-inf"), 8, None], [-1.0, 9, None], [-0.1, 2, None]]},
     "versions that do not cover": {"weight_versions": [{"version": "4", "start": 0, "end": 2}]},
     "versions with a hole": {
         "weight_versions": [{"version": "4", "start": 0, "end": 1}, {"version": "5", "start": 2, "end": 3}]
@@ -113,6 +114,14 @@ async def test_an_answer_that_is_no_json_is_an_error(fake) -> None:
     with pytest.raises(EngineError, match="no JSON") as caught:
         await client.generate((5,), 1, SAMPLING)
     assert "/generate" in str(caught.value) and "a proxy" in str(caught.value)
+
+
+async def test_an_empty_response_is_an_error(fake) -> None:
+    server, client = fake
+    server.answer["output_ids"] = []
+    server.answer["meta_info"] |= {"output_token_logprobs": [], "weight_versions": []}
+    with pytest.raises(EngineError, match="length of a response"):
+        await client.generate((5,), 1, SAMPLING)
 
 
 async def test_another_number_of_responses_is_an_error(fake) -> None:

@@ -8,24 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rollouts import scored
 
-from megatron_opd.recipe.advantage import gap_mask, token_gaps, token_weights, train_sample
-from megatron_opd.records import Outcome, Prompt, Rollout, Scored, Verified
+from megatron_opd.config import ObjectiveConfig
+from megatron_opd.recipe.advantage import distillation_gaps, gap_mask, token_gaps, token_weights, train_sample
+from megatron_opd.records import Calibrated, Scored, TopRows
 
 
-def scored(prompt_ids: list[int], response_ids: list[int], student: list[float], teacher: list[float]) -> Scored:
-    """A scored rollout with the given numbers."""
-    prompt = Prompt("p", "math", "?", tuple(prompt_ids), "1")
-    rollout = Rollout(
-        prompt=prompt,
-        group=0,
-        token_ids=np.array(response_ids),
-        logprobs=np.array(student, np.float32),
-        versions=np.zeros(len(response_ids), np.int64),
-        finish_reason="stop",
-        text="",
-    )
-    return Scored(Verified(rollout, Outcome.CORRECT, "equal"), "math", np.array(teacher, np.float32))
+def calibrated(
+    item: Scored, objective: ObjectiveConfig, *, offset: float = 0.0, outcome_term: float = 0.0
+) -> Calibrated:
+    gaps, mask = distillation_gaps(item, objective, 10.0)
+    return Calibrated(item, gaps, mask, 0.0, offset, outcome_term, None, True, True)
 
 
 def test_the_advantage_is_positive_where_the_teacher_prefers_the_token() -> None:
@@ -53,8 +47,63 @@ def test_weights_of_a_sequence_sum_to_one_or_nothing(mask: list[bool]) -> None:
 
 
 def test_a_masked_token_leaves_numerator_and_denominator() -> None:
-    sample = train_sample(scored([5, 6], [7, 8, 2], [-1, -1, -1], [-0.5, -30.0, -2.0]), 10.0, "sequence")
-    assert sample.token_ids.tolist() == [5, 6, 7, 8, 2] and sample.prompt_length == 2
-    assert sample.advantages == pytest.approx([0.5, 0.0, -1.0])
+    plain = ObjectiveConfig()
+    sample = train_sample(calibrated(scored([-1, -1, -1], [-0.5, -30.0, -2.0]), plain, offset=0.25), plain, "sequence")
+    assert sample.token_ids.tolist() == [5, 6, 10, 11, 12] and sample.prompt_length == 2
+    assert sample.advantages == pytest.approx([0.75, 0.0, -0.75])
     assert sample.weights == pytest.approx([0.5, 0.0, 0.5])
     assert sample.behaviour_logprobs.tolist() == [-1.0, -1.0, -1.0]
+    assert sample.top_ids.shape == (3, 0) and not sample.forward_weights.any()
+
+
+logprob = st.floats(-8, 0, width=32)
+rows = st.lists(st.tuples(logprob, logprob, logprob), min_size=1, max_size=20)
+
+
+@given(rows, st.floats(0.25, 2.0))
+def test_a_teacher_scale_extrapolates_away_from_the_reference(rows: list[tuple], scale: float) -> None:
+    student, teacher, reference = (list(column) for column in zip(*rows, strict=True))
+    gaps, mask = distillation_gaps(
+        scored(student, teacher, reference=reference), ObjectiveConfig(teacher_scale=scale), 10.0
+    )
+    for gap, kept, (s, t, r) in zip(gaps, mask, rows, strict=True):
+        slow = scale * t + (1 - scale) * r - s
+        assert gap == pytest.approx(slow, abs=1e-4)
+        assert kept == (abs(t - s) < 10 and abs(slow) < 10) or abs(abs(slow) - 10) < 1e-3
+
+
+def test_without_a_reference_a_teacher_scale_is_an_error_and_one_needs_none() -> None:
+    with pytest.raises(ValueError, match="reference"):
+        distillation_gaps(scored([-1.0], [-1.0]), ObjectiveConfig(teacher_scale=1.25), 10.0)
+    with_reference = distillation_gaps(scored([-1.0], [-0.5], reference=[-9.0]), ObjectiveConfig(), 10.0)
+    assert with_reference[0] == pytest.approx([0.5])
+
+
+def test_clips_are_one_sided_and_act_after_the_mask() -> None:
+    item = scored([0, 0, 0, 0], [-12.0, -5.0, -0.5, 3.0])
+    floor = distillation_gaps(item, ObjectiveConfig(gap_floor=-2.0), 10.0)
+    assert floor[0].tolist() == [-2.0, -2.0, -0.5, 3.0] and floor[1].tolist() == [False, True, True, True]
+    assert distillation_gaps(item, ObjectiveConfig(gap_ceiling=1.0), 10.0)[0].tolist() == [-12.0, -5.0, -0.5, 1.0]
+
+
+def test_a_domain_weight_scales_every_term_and_no_denominator() -> None:
+    objective = ObjectiveConfig(domain_weights={"code": 3.0})
+    math_item, code_item = scored([-1.0], [-0.5]), scored([-1.0], [-0.5], domain="code")
+    samples = [
+        train_sample(calibrated(item, objective, offset=0.25, outcome_term=1.0), objective, "sequence")
+        for item in (math_item, code_item)
+    ]
+    assert samples[0].advantages == pytest.approx([1.75]) and samples[1].advantages == pytest.approx([5.25])
+    assert samples[0].weights.tolist() == samples[1].weights.tolist() == [1.0]
+
+
+def test_the_forward_kl_weighs_only_open_and_unmasked_positions() -> None:
+    sure, unsure = np.log([0.98, 0.01]), np.log([0.5, 0.4])
+    top = TopRows(np.array([[1, 2]] * 3), np.array([sure, unsure, unsure], np.float32))
+    objective = ObjectiveConfig(forward_kl=0.5, forward_kl_entropy=0.5, domain_weights={"math": 2.0})
+    item = scored([-1.0, -1.0, -1.0], [-1.0, -1.0, -40.0], top=top)
+    sample = train_sample(calibrated(item, objective), objective, "sequence")
+    assert sample.forward_weights == pytest.approx([0.0, 2.0 * 0.5 * 0.5, 0.0])
+    assert sample.top_ids.tolist() == top.ids.tolist() and sample.top_logprobs.tolist() == top.logprobs.tolist()
+    with pytest.raises(ValueError, match="top-k rows"):
+        train_sample(calibrated(scored([-1.0], [-1.0]), objective), objective, "sequence")

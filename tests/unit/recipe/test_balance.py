@@ -15,13 +15,13 @@ from megatron_opd.config import BalanceConfig
 from megatron_opd.errors import DataError
 from megatron_opd.recipe.balance import (
     balance,
-    check_labels,
     kept_counts,
     random_keys,
     rank_within,
     ratio_band,
     refill_needed,
 )
+from megatron_opd.recipe.labels import check_labels
 from megatron_opd.records import Outcome
 
 ratios = st.sampled_from(

@@ -192,7 +192,7 @@ def test_signs_by_hand(value: float, outcome: int, expected: bool) -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from([1, 0])), max_size=30))
 def test_signs_match_the_formula(rows) -> None:
-    returns, outcomes = np.array([g for g, _ in rows], np.float64), np.array([r for _, r in rows], np.uint8)
+    returns, outcomes = np.array([g for g, _ in rows], np.float64), np.array([r for _, r in rows], np.int8)
     found = sign_agrees(returns, outcomes)
     assert found.dtype == bool and found.tolist() == [(2 * r - 1) * g >= 0 for g, r in rows]
 

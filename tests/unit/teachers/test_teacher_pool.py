@@ -29,9 +29,13 @@ def verified(domain: str = "math") -> Verified:
     return Verified(rollout, Outcome.CORRECT, "equal")
 
 
-def pool(client: FakeScorer, reference: FakeScorer | None = None, attempts: int = 2, top_k: int = 0) -> TeacherPool:
+def pool(
+    client: FakeScorer, reference: FakeScorer | None = None, attempts: int = 2, top_k: int = 0, vocab: int = VOCAB
+) -> TeacherPool:
     free = Teacher("reference", reference, VOCAB) if reference else None
-    return TeacherPool([Teacher("math", client, VOCAB)], attempts, reference=free, top_k=top_k)
+    return TeacherPool(
+        [Teacher("math", client, VOCAB)], attempts, reference=free, top_k=top_k, student_vocab_size=vocab
+    )
 
 
 async def test_a_broken_answer_becomes_a_typed_drop_with_its_reason() -> None:
@@ -58,7 +62,7 @@ async def test_the_reference_scores_every_domain_and_is_asked_for_no_rows() -> N
     other = good_reply(input_token_logprobs=rows_with(1, [-2.5, 8, None]))
     math, code, free = FakeScorer(reply_with_rows()), FakeScorer(reply_with_rows()), FakeScorer(other, other)
     teachers = [Teacher("math", math, VOCAB), Teacher("code", code, VOCAB)]
-    both = TeacherPool(teachers, 1, reference=Teacher("reference", free, VOCAB), top_k=3)
+    both = TeacherPool(teachers, 1, reference=Teacher("reference", free, VOCAB), top_k=3, student_vocab_size=VOCAB)
     for domain in ("math", "code"):
         result = await both.score(verified(domain))
         assert result.teacher == domain and result.teacher_logprobs.tolist() == SAMPLED
@@ -99,3 +103,10 @@ async def test_teacher_and_reference_are_asked_at_the_same_time() -> None:
 
     result = await pool(Waiting(good_reply()), Waiting(good_reply())).score(verified())
     assert isinstance(result, Scored) and len(started) == 2
+
+
+async def test_a_likely_token_that_the_student_does_not_have_is_a_drop() -> None:
+    largest = int(IDS.max())
+    result = await pool(FakeScorer(reply_with_rows()), top_k=3, vocab=largest).score(verified())
+    assert isinstance(result, Dropped) and "not in the student's vocabulary" in result.reason
+    assert isinstance(await pool(FakeScorer(reply_with_rows()), top_k=3, vocab=largest + 1).score(verified()), Scored)
