@@ -162,7 +162,7 @@ class ScoringConfig(Section):
     """What happens when a teacher's answer cannot be used."""
 
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """The run stops when a larger share of a step's rollouts is dropped."""
+    """The run stops when a larger share of the rollouts that a step asks teachers to score is dropped."""
     attempts: PositiveInt = 4
     """Tries for one request before its rollout is dropped."""
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -190,7 +190,7 @@ class EvalConfig(Section):
     """The evaluation before and after training."""
 
     before: bool = True
-    """Whether the student is evaluated before training too."""
+    """Whether student and teachers are evaluated before training too."""
     samples_per_prompt: PositiveInt = 1
     """Responses for each held-out prompt."""
     temperature: Annotated[float, Field(ge=0)] = 1.0

@@ -100,7 +100,8 @@ class Loop:
         dropped = [drop for _, drop in rollouts.dropped]
         if dropped:
             self.recorder.event("dropped", step=step + 1, reasons=drop_reasons(dropped))
-        check_dropped_share(dropped, len(rollouts.verified), self.config.scoring.max_dropped_share)
+        asked = len(rollouts.scored) + len(dropped)
+        check_dropped_share(dropped, asked, self.config.scoring.max_dropped_share)
 
     def _count(self, rollouts: StepRollouts, objective: StepObjective) -> None:
         """Add the step to the totals, and its outcomes to what is known of the prompts."""

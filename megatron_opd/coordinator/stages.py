@@ -155,11 +155,11 @@ class Stages:
 
 
 def check_dropped_share(dropped: list[Dropped], total: int, limit: float) -> None:
-    """Raises EngineError, with the reasons counted, when more than ``limit`` of a step's rollouts were dropped."""
+    """Raises EngineError, with the reasons counted, when more than ``limit`` of ``total`` scorings were dropped."""
     if not dropped or len(dropped) <= limit * total:
         return
     raise EngineError(
-        f"{len(dropped)} of {total} rollouts of one step were dropped",
+        f"{len(dropped)} of {total} rollouts that a teacher was asked to score were dropped",
         where="scoring.max_dropped_share",
         got="".join(f"\n    {line}" for line in drop_reasons(dropped)),
         expected=f"at most {limit:.0%}",

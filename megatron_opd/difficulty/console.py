@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from megatron_opd import __version__
@@ -22,8 +23,10 @@ BAR = 28  # characters of the longest bar in a table
 class DifficultyConsole(ProgressConsole):
     """Prints one difficulty run: a bar on a terminal, a line for each tenth in a log."""
 
-    _total = _first = _done = 0
-    _began = 0.0
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._total = self._first = self._done = 0
+        self._began = 0.0
 
     def banner(self, config: Config, folder: Path, done: int, total: int) -> None:
         """The facts that matter, before anything starts."""

@@ -221,3 +221,25 @@ def test_gsm8k(read, gsm8k):
     assert prompts[0].text.startswith("Janet\u2019s ducks lay 16 eggs per day.")
     assert prompts[0].answer.endswith("#### 18")
     assert {prompt.domain for prompt in prompts} == {"math"}
+
+
+def test_repeats(read):
+    rows = [{**GOOD, "repeats": 3, "times": 2}, {**GOOD, "repeats": 1, "times": 1}]
+    assert [prompt.repeats for prompt in read(rows)] == [1, 1]
+    assert [prompt.repeats for prompt in read(rows, ColumnsConfig(repeats="repeats"))] == [3, 1]
+    assert [prompt.repeats for prompt in read(rows, ColumnsConfig(repeats="times"))] == [2, 1]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "2", True, None, [1]])
+def test_repeats_that_are_no_count(refused, value):
+    error = refused([GOOD | {"repeats": 1}, GOOD | {"repeats": value}], ColumnsConfig(repeats="repeats"))
+    assert error.where.endswith("p.jsonl:2") and "repeats" in str(error) and error.expected == "a whole number >= 1"
+
+
+def test_no_repeats(refused, tmp_path):
+    columns = ColumnsConfig(repeats="repeats")
+    error = refused([GOOD], columns)
+    assert error.where.endswith("p.jsonl:1") and error.got == "nothing" and "data.columns" in error.fix
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({name: [value] for name, value in GOOD.items()}), path)
+    assert "no column 'repeats'" in str(refused(path, columns))

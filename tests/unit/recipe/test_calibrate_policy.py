@@ -166,6 +166,26 @@ def test_p5_the_fixed_point_tilts_the_teacher_by_the_pass_probability(seed: int)
     assert good - bad == pytest.approx(-shift / tree.length, rel=0.15)
 
 
+@pytest.mark.parametrize("direction", ["lift", "drop", "spread", "balanced"])
+@pytest.mark.parametrize(("margin", "delta", "sure"), [("mean", 0.4, 5.0), ("minmax", 0.4, 1.0), ("mean", 6.0, 5.0)])
+def test_p8_a_confident_teacher_is_overcome_only_by_a_delta_as_large_as_it_is_sure(
+    direction: str, margin: str, delta: float, sure: float
+) -> None:
+    length, own = 20, -1.5  # the student's log-odds of the wrong token, moved by exact gradients
+    teacher = np.array([-np.log1p(np.exp(sure)), -np.log1p(np.exp(-sure))])  # log-probs of the right, the wrong token
+    outcomes, groups = np.array([1, 0], np.int8), np.zeros(2, np.int64)
+    options = CalibrationConfig(margin=margin, direction=direction, delta=delta)
+    for _ in range(80):
+        student = np.array([-np.log1p(np.exp(own)), -np.log1p(np.exp(-own))])
+        gaps = teacher - student
+        result = calibrate(gaps / length, outcomes, groups, options)
+        assert result.report.margin_before == pytest.approx(-(sure - own) / length, abs=1e-9)
+        right, wrong = gaps + result.offsets
+        own += 0.5 * (wrong - right)  # its sign is that of the gradient; the size only sets the pace
+    assert own == pytest.approx(sure - delta * length / (length - 1), abs=1e-6)
+    assert (own < 0) == (delta > sure * (length - 1) / length)
+
+
 def test_p6_symmetric_label_noise_scales_the_outcome_term_and_moves_the_baseline() -> None:
     flips, shift, baseline = 0.2, 0.4, 0.3
     for right in (0.0, 1.0):
