@@ -26,7 +26,7 @@ from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.observe.trajectories import write_trajectories
 from megatron_opd.recipe.objective import StepObjective, step_objective
-from megatron_opd.recipe.pack import pack
+from megatron_opd.recipe.pack import pack, pack_metrics
 from megatron_opd.records import Outcome, Prompt
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.runtime.wire import encode
@@ -50,6 +50,7 @@ class Loop:
     stages: Stages
     student_sampler: RolloutEngine  # for the evaluation, as the next
     teacher_samplers: dict[str, RolloutEngine]  # by domain
+    attention_length: float  # of the student: see recipe.pack.sequence_costs
     stream: PromptStream
     held_out: Sequence[Prompt]
     board: BatchBoard
@@ -80,8 +81,8 @@ class Loop:
         objective = step_objective(rollouts.scored, np.array(rollouts.balanced, dtype=bool), self.config, step)
         self._count(rollouts, objective)
         last = self._is_last(step)
-        student = self.config.student
-        batches = pack(objective.samples, student.row_tokens, student.data_parallel, version=step, last=last)
+        shape = (self.config.student.row_tokens, self.config.student.data_parallel, self.attention_length)
+        batches = pack(objective.samples, *shape, version=step, last=last)
         offered = time.monotonic()
         await self.board.publish(step, [encode(batch) for batch in batches])
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
@@ -89,7 +90,8 @@ class Loop:
         spent = time.monotonic() - began
         scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
         times = {"time/collect_s": offered - began, "time/step_s": spent, "perf/tokens_per_s": scored / spent}
-        self.recorder.step(step + 1, step_metrics(rollouts, objective, report) | times)
+        metrics = step_metrics(rollouts, objective, report) | pack_metrics(batches, shape[0], self.attention_length)
+        self.recorder.step(step + 1, metrics | times)
         return last
 
     def _is_last(self, step: int) -> bool:
