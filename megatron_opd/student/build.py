@@ -26,6 +26,7 @@ from megatron_opd.config import Config, StudentConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.runtime import env
 from megatron_opd.student import cpu_runtime
+from megatron_opd.student.head import return_hidden_states
 from megatron_opd.student.sizes import check_sizes, check_world_size, read_hf_config
 from megatron_opd.student.torch_backend import decoder_spec
 
@@ -83,7 +84,7 @@ def build_student(config: Config) -> Student:
     check_sizes(config, read_hf_config(config.student.model))
     backend, reason = _choose_backend(config.student)
     bridge = _build_bridge(config.student, backend)
-    model = _build_model(bridge, backend)
+    model = return_hidden_states(_build_model(bridge, backend))
     bridge.load_weights([model], str(config.student.model))
     sharded = config.student.data_parallel > 1
     wrapped = DistributedDataParallel(

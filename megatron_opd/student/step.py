@@ -19,7 +19,7 @@ from megatron_opd.errors import OpdError
 from megatron_opd.recipe.policy_loss import forward_kl_loss, policy_loss
 from megatron_opd.records import PackedBatch
 from megatron_opd.student.build import Student
-from megatron_opd.student.logprob import vocab_parallel_logprobs
+from megatron_opd.student.head import Head
 
 # What Megatron's schedule takes back: the loss to differentiate, a token count that it divides by where it is asked
 # to (here never, see build._sum_gradients), and what it collects for the caller.
@@ -111,8 +111,8 @@ def _run(
 
     def forward_step(iterator: Iterator[_Row], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         row = next(iterator)
-        logits = model(row.tokens[None], row.positions[None], None, packed_seq_params=row.packing)
-        return logits, partial(score, row, student.bridge.vocab_size)
+        hidden = model(row.tokens[None], row.positions[None], None, packed_seq_params=row.packing)
+        return hidden, partial(score, row, Head(model, student.bridge.vocab_size))
 
     schedule = get_forward_backward_func()
     return schedule(
@@ -126,17 +126,13 @@ def _run(
     )
 
 
-def _row_logprobs(row: _Row, vocab_size: int, logits: torch.Tensor) -> torch.Tensor:
-    """logits [1, T, V / tensor parallel] -> log-probs of each label and of the teacher's top-k ids, [T, 1 + K]."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    ids = torch.cat([row.labels[:, None], row.top_ids], dim=1)
-    return vocab_parallel_logprobs(logits.squeeze(0), ids, vocab_size, group)
+def _row_logprobs(row: _Row, head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's output -> log-probs of each label and of the teacher's top-k ids, [T, 1 + K]."""
+    return head.logprobs(hidden, torch.cat([row.labels[:, None], row.top_ids], dim=1))
 
 
-def _loss_of_row(
-    row: _Row, vocab_size: int, logits: torch.Tensor, *, denominator: float, loss: LossConfig
-) -> LossOutput:
-    logprobs = _row_logprobs(row, vocab_size, logits)
+def _loss_of_row(row: _Row, head: Head, hidden: torch.Tensor, *, denominator: float, loss: LossConfig) -> LossOutput:
+    logprobs = _row_logprobs(row, head, hidden)
     policy, metrics = policy_loss(
         logprobs[:, 0],
         row.behaviour_logprobs,
@@ -148,16 +144,16 @@ def _loss_of_row(
     )
     forward, forward_metrics = forward_kl_loss(logprobs[:, 1:], row.top_logprobs, row.forward_weights, denominator)
     total = policy + forward
-    return total, _no_count(logits), {"loss": total.detach(), **metrics, **forward_metrics}
+    return total, _no_count(hidden), {"loss": total.detach(), **metrics, **forward_metrics}
 
 
-def _logprobs_of_row(row: _Row, vocab_size: int, logits: torch.Tensor) -> LossOutput:
-    logprobs = _row_logprobs(row, vocab_size, logits)[:, 0]
-    return logprobs.sum(), _no_count(logits), {"logprobs": logprobs}
+def _logprobs_of_row(row: _Row, head: Head, hidden: torch.Tensor) -> LossOutput:
+    logprobs = _row_logprobs(row, head, hidden)[:, 0]
+    return logprobs.sum(), _no_count(hidden), {"logprobs": logprobs}
 
 
-def _no_count(logits: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((), dtype=torch.int, device=logits.device)
+def _no_count(output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int, device=output.device)
 
 
 def _batch_rows(student: Student, batch: PackedBatch) -> list[_Row]:
