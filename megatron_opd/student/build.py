@@ -26,7 +26,7 @@ from megatron_opd.config import Config, StudentConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.runtime import env
 from megatron_opd.student import cpu_runtime
-from megatron_opd.student.sizes import check_sizes, check_world_size, read_hf_config
+from megatron_opd.student.sizes import check_sizes, check_world_size, has_experts, read_hf_config
 from megatron_opd.student.torch_backend import decoder_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -163,10 +163,22 @@ def _build_bridge(student: StudentConfig, backend: BackendName) -> Bridge:
         # Every weight is loaded.
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
+        **_experts(bridge.hf_config),
         **_RECOMPUTE[student.recompute],
         **_fusions(backend),
     )
     return bridge
+
+
+def _experts(hf_config: Any) -> dict[str, Any]:
+    """How tokens find their experts; nothing for a dense model."""
+    if not has_experts(hf_config.to_dict()):
+        return {}
+    return {
+        "moe_token_dispatcher_type": "alltoall",  # the only one for rows of different lengths
+        "moe_router_load_balancing_type": "none",  # the loss is the recipe's alone
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,  # normalised over the chosen experts, or over all
+    }
 
 
 def _fusions(backend: BackendName) -> dict[str, bool]:

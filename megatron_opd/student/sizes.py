@@ -112,6 +112,7 @@ def _split_mistakes(config: Config, hf_config: dict[str, Any]) -> Iterator[OpdEr
         return _size(config, hf_config, field)
 
     heads = size("num_attention_heads")
+    experts = "num_experts" if "num_experts" in hf_config else "num_local_experts"  # transformers 4 and 5
     tensor, stages = student.tensor_parallel, student.pipeline_parallel * student.virtual_pipeline
     shares = [
         ("attention heads", heads, tensor, "tensor-parallel ranks", "tensor_parallel"),
@@ -126,7 +127,7 @@ def _split_mistakes(config: Config, hf_config: dict[str, Any]) -> Iterator[OpdEr
     ]
     if has_experts(hf_config):
         shares += [
-            ("experts", size("num_experts"), student.expert_parallel, "expert-parallel ranks", "expert_parallel"),
+            ("experts", size(experts), student.expert_parallel, "expert-parallel ranks", "expert_parallel"),
             (
                 "feed-forward units of an expert",
                 size("moe_intermediate_size"),
@@ -175,6 +176,14 @@ def _expert_mistakes(student: StudentConfig, experts: bool) -> Iterator[OpdError
             where="student.expert_tensor_parallel",
             got=student.expert_tensor,
             expected=f"1 or student.tensor_parallel = {student.tensor_parallel}",
+        )
+    elif student.expert_tensor != student.tensor_parallel and student.expert_parallel == 1:
+        yield ConfigError(
+            "Megatron sums the gradients of undivided experts over tensor-parallel ranks only with expert parallelism",
+            where="student.expert_tensor_parallel",
+            got=f"{student.expert_tensor} with student.tensor_parallel {student.tensor_parallel} "
+            "and student.expert_parallel 1",
+            fix="set student.expert_tensor_parallel to null, or student.expert_parallel to 2 or more",
         )
     if student.tensor_parallel > 1 and not student.sequence_parallel:
         yield ConfigError(

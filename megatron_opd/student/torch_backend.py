@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,6 +34,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch.nn import functional
 
 from megatron_opd.student.context import positions_of_rank
+from megatron_opd.student.torch_experts import grouped_experts
 
 
 class RMSNorm(torch.nn.Module):
@@ -150,6 +152,11 @@ class TorchSpecProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         return CausalAttention
 
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules]:
+        return grouped_experts()
+
 
 def decoder_spec(config: TransformerConfig, part: int | None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm after the last one. part: virtual stage; None without any."""
@@ -171,7 +178,9 @@ def decoder_spec(config: TransformerConfig, part: int | None) -> TransformerBloc
         submodules=TransformerLayerSubmodules(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            mlp=get_mlp_module_spec_for_backend(backend),
+            # A dense layer's norm belongs to its first matrix, that of a mixture of experts feeds the router too.
+            pre_mlp_layernorm=IdentityOp if config.num_moe_experts is None else backend.layer_norm(),
+            mlp=get_mlp_module_spec_for_backend(backend, config.num_moe_experts, moe_grouped_gemm=True),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from forked import run_layouts
 from megatron.core import parallel_state
-from student_case import MODELS, Sample, denominator_of, make_config, pack
+from student_case import Sample, denominator_of, kinds_of, make_config, pack
 
 from megatron_opd.config import LossConfig
 from megatron_opd.errors import ConfigError
@@ -37,9 +37,10 @@ def main() -> None:
 def run_layout(work: Path, layout: str, sizes: dict[str, Any]) -> None:
     init_distributed(make_config(work, **sizes).student, seed=0, timeout_s=60)
     result: dict[str, Any] = {"logprob": logprob_differences()}
-    result["demand"] = demanded_backend(work, sizes)
-    result["half"] = half_precision(work, layout, sizes)
-    for kind in MODELS:
+    kinds = kinds_of(layout)
+    result["demand"] = demanded_backend(work, kinds[0], sizes)
+    result["half"] = half_precision(work, layout, kinds[0], sizes)
+    for kind in kinds:
         result[kind] = run_model(work, layout, kind, sizes)
     if dist.get_rank() == 0:
         (work / f"{layout}.pickle").write_bytes(pickle.dumps(result))
@@ -59,7 +60,7 @@ def run_model(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict
     }
     export._SHARD_BYTES = 30_000 if kind == "llama" else 10_000_000
     export.export_hf(student, work / kind, work / f"{kind}-{layout}")
-    if kind not in ("tied", "untied"):
+    if kind in ("llama", "qwen2"):
         return result
     result["refused"] = refused(student, samples)
     for split, parts in splits(samples).items():
@@ -67,22 +68,22 @@ def run_model(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict
     return result
 
 
-def demanded_backend(work: Path, sizes: dict[str, Any]) -> str:
+def demanded_backend(work: Path, kind: str, sizes: dict[str, Any]) -> str:
     """What is said to someone who demands Transformer Engine on a CPU."""
     try:
-        build_student(make_config(work / "untied", backend="transformer_engine", **sizes))
+        build_student(make_config(work / kind, backend="transformer_engine", **sizes))
     except ConfigError as error:
         return str(error)
     return ""
 
 
-def half_precision(work: Path, layout: str, sizes: dict[str, Any]) -> dict[str, Any]:
+def half_precision(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """A step and an export in bfloat16."""
-    samples = pickle.loads((work / "untied.samples").read_bytes())
-    student = build_student(make_config(work / "untied", dtype="bfloat16", **sizes))
+    samples = pickle.loads((work / f"{kind}.samples").read_bytes())
+    student = build_student(make_config(work / kind, dtype="bfloat16", **sizes))
     assert student.bridge.config.sequence_parallel == sizes.get("sequence_parallel", False)
     found = one_step(student, samples, splits(samples)["row_each"])["metrics"]
-    export.export_hf(student, work / "untied", work / f"half-{layout}")
+    export.export_hf(student, work / kind, work / f"half-{layout}")
     return found
 
 

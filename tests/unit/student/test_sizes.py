@@ -140,6 +140,10 @@ def test_impossible_layout(student: dict[str, Any], message: str) -> None:
         ({"tensor_parallel": 2}, "false with student.tensor_parallel 2"),
         ({"tensor_parallel": 4, "sequence_parallel": True}, "10 feed-forward units of an expert over 4"),
         ({"expert_tensor_parallel": 2}, "1 or student.tensor_parallel = 1"),
+        (
+            {"expert_tensor_parallel": 1, "tensor_parallel": 2, "sequence_parallel": True},
+            "1 with student.tensor_parallel 2 and student.expert_parallel 1",
+        ),
     ],
 )
 def test_impossible_expert_layout(student: dict[str, Any], message: str) -> None:
@@ -149,7 +153,8 @@ def test_impossible_expert_layout(student: dict[str, Any], message: str) -> None
 
 def test_good_expert_layouts() -> None:
     check_sizes(config(expert_parallel=4, data_parallel=2, context_parallel=2), EXPERTS)
-    check_sizes(config(expert_tensor_parallel=1, tensor_parallel=2, sequence_parallel=True), EXPERTS)
+    undivided = {"expert_tensor_parallel": 1, "expert_parallel": 2, "data_parallel": 2}
+    check_sizes(config(**undivided, tensor_parallel=2, sequence_parallel=True), EXPERTS)
     with pytest.raises(ModelError, match="mlp_only_layers"):
         check_sizes(config(), {**EXPERTS, "mlp_only_layers": [0]})
 
