@@ -47,6 +47,36 @@ EXPERTS = {
 }
 
 
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "tp2_sequence": {"tensor_parallel": 2, "sequence_parallel": True},
+    "dp2": {"data_parallel": 2},
+    "dp2_overlap": {"data_parallel": 2, "overlap_gradients": True, "overlap_parameters": True},
+    "pp2": {"pipeline_parallel": 2},
+    "pp2_virtual2": {"pipeline_parallel": 2, "virtual_pipeline": 2, "recompute": "full"},
+    "cp2": {"context_parallel": 2, "recompute": "selective"},
+    "pp2_cp2": {"pipeline_parallel": 2, "context_parallel": 2},
+    "tp2_pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "tp2_cp2": {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
+    "dp2_tp2": {"data_parallel": 2, "tensor_parallel": 2},
+    "experts_1": {},
+    "experts_dp2": {"data_parallel": 2},
+    "experts_ep2": {"data_parallel": 2, "expert_parallel": 2},
+    "experts_cp2_ep2": {"context_parallel": 2, "expert_parallel": 2, "recompute": "full"},
+    "experts_tp2": {"tensor_parallel": 2, "sequence_parallel": True},
+    "experts_ep2_tp2": {
+        **{"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
+        **{"overlap_gradients": True, "overlap_parameters": True},
+    },
+    "experts_ep2_tp2_etp1": {
+        **{"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
+        **{"expert_tensor_parallel": 1},
+    },
+    "experts_ep2_pp2": {"data_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+}
+
+
 def kinds_of(layout: str) -> list[str]:
     """Models that are tried under a layout; the first one in all respects."""
     if layout.startswith("experts"):

@@ -15,9 +15,11 @@ import pytest
 import torch
 from student_case import (
     EXPERTS,
+    LAYOUTS,
     MODELS,
     denominator_of,
     kinds_of,
+    make_config,
     make_model,
     make_samples,
     next_logprobs,
@@ -25,34 +27,9 @@ from student_case import (
 )
 from transformers import AutoModelForCausalLM
 
-LAYOUTS = {
-    "tp1": {},
-    "tp2": {"tensor_parallel": 2},
-    "tp2_sequence": {"tensor_parallel": 2, "sequence_parallel": True},
-    "dp2": {"data_parallel": 2},
-    "dp2_overlap": {"data_parallel": 2, "overlap_gradients": True, "overlap_parameters": True},
-    "pp2": {"pipeline_parallel": 2},
-    "pp2_virtual2": {"pipeline_parallel": 2, "virtual_pipeline": 2, "recompute": "full"},
-    "cp2": {"context_parallel": 2, "recompute": "selective"},
-    "pp2_cp2": {"pipeline_parallel": 2, "context_parallel": 2},
-    "tp2_pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
-    "tp2_cp2": {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
-    "dp2_tp2": {"data_parallel": 2, "tensor_parallel": 2},
-    "experts_1": {},
-    "experts_dp2": {"data_parallel": 2},
-    "experts_ep2": {"data_parallel": 2, "expert_parallel": 2},
-    "experts_cp2_ep2": {"context_parallel": 2, "expert_parallel": 2, "recompute": "full"},
-    "experts_tp2": {"tensor_parallel": 2, "sequence_parallel": True},
-    "experts_ep2_tp2": {
-        **{"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
-        **{"overlap_gradients": True, "overlap_parameters": True},
-    },
-    "experts_ep2_tp2_etp1": {
-        **{"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
-        **{"expert_tensor_parallel": 1},
-    },
-    "experts_ep2_pp2": {"data_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
-}
+from megatron_opd.errors import ConfigError
+from megatron_opd.student.build import build_student
+
 SPLITS = ("one_row", "row_each", "mixed")
 CASES = [(layout, kind) for layout in LAYOUTS for kind in kinds_of(layout)]
 TRAINED = [(layout, kind) for layout, kind in CASES if kind not in ("llama", "qwen2")]
@@ -123,6 +100,12 @@ def test_every_array_reaches_the_loss_where_it_was(runs: dict, layout: str, kind
 def test_backend_says_why(runs: dict, layout: str, kind: str) -> None:
     assert runs[layout][kind]["backend"] == ("torch", "Transformer Engine needs a GPU")
     assert "transformer_engine, but Transformer Engine needs a GPU" in runs[layout]["demand"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine may be there")
+def test_8_bit_products_without_transformer_engine_are_refused(work: Path) -> None:
+    with pytest.raises(ConfigError, match="hybrid, but Transformer Engine needs a GPU"):
+        build_student(make_config(work / "untied", device="auto", fp8="hybrid"))
 
 
 @pytest.mark.parametrize(("layout", "kind"), TRAINED)
