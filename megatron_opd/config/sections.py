@@ -49,7 +49,7 @@ class StudentConfig(Section):
     threads_per_rank: PositiveInt = 1
     """CPU threads of one rank."""
     row_tokens: PositiveInt = 4096
-    """Most tokens in one packed row, which is one micro-batch of one rank."""
+    """Most tokens in one packed row: one micro-batch, which all ranks of a copy share."""
 
     @property
     def ranks(self) -> int:

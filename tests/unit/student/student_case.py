@@ -60,6 +60,10 @@ LAYOUTS = {
     "tp2_pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
     "tp2_cp2": {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
     "dp2_tp2": {"data_parallel": 2, "tensor_parallel": 2},
+    "dp2_pp2_overlap": {
+        **{"data_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2},
+        **{"overlap_gradients": True, "overlap_parameters": True},
+    },
     "experts_1": {},
     "experts_dp2": {"data_parallel": 2},
     "experts_ep2": {"data_parallel": 2, "expert_parallel": 2},
