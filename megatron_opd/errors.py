@@ -13,6 +13,8 @@ To add one: derive from ``OpdError`` and from the standard exception that a call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class OpdError(Exception):
     """Base of all errors that a user can meet.
@@ -59,3 +61,12 @@ class ProcessError(OpdError, RuntimeError):
 
 class RefreshError(OpdError, RuntimeError):
     """Engine and trainer disagree after a weight refresh."""
+
+
+def raise_together(found: Sequence[OpdError]) -> None:
+    """Raise the one mistake, or one error that lists all; return when there is none."""
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        listing = "\n".join(f"{number}. {error}" for number, error in enumerate(found, 1))
+        raise ConfigError(f"{len(found)} things must be put right before the run can start\n{listing}")

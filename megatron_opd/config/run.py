@@ -100,4 +100,4 @@ class Config(Section):
     @property
     def world_size(self) -> int:
         """Ranks of the student."""
-        return self.student.tensor_parallel * self.student.data_parallel
+        return self.student.ranks

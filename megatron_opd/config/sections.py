@@ -18,20 +18,53 @@ class StudentConfig(Section):
     """Hugging Face checkpoint folder that the student starts from."""
     tensor_parallel: PositiveInt = 1
     """Ranks that share every matrix."""
+    pipeline_parallel: PositiveInt = 1
+    """Stages that share the layers; micro-batches pass from stage to stage (1F1B)."""
+    virtual_pipeline: PositiveInt = 1
+    """Parts of the layers that each stage holds; more than 1 interleaves them, which shortens the pipeline's bubble."""
+    context_parallel: PositiveInt = 1
+    """Ranks that split the tokens of every sequence."""
     data_parallel: PositiveInt = 1
     """Copies of the student that split a batch."""
+    expert_parallel: PositiveInt = 1
+    """Ranks, out of data_parallel * context_parallel, that share the experts of a mixture-of-experts layer."""
+    expert_tensor_parallel: PositiveInt | None = None
+    """Ranks that share the matrices of one expert; null takes tensor_parallel."""
     sequence_parallel: bool = False
     """Whether tensor-parallel ranks also split the tokens between matrices."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, the attention, or whole layers."""
+    overlap_gradients: bool = False
+    """Whether gradients are reduced over copies while the backward pass still runs."""
+    overlap_parameters: bool = False
+    """Whether updated weights are gathered while the next forward pass runs; needs overlap_gradients."""
     backend: Literal["auto", "transformer_engine", "torch"] = "auto"
     """Layers: Transformer Engine, or plain torch; auto takes Transformer Engine where a GPU and the package are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and matrix products; gradients and optimizer state are float32 in both."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """8-bit format of Transformer Engine's matrix products; hybrid has e5m2 gradients; null keeps those of dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks run; auto takes a GPU when there is one."""
     threads_per_rank: PositiveInt = 1
     """CPU threads of one rank."""
     row_tokens: PositiveInt = 4096
-    """Most tokens in one packed row, which is one micro-batch of one rank."""
+    """Most tokens in one packed row: one micro-batch, which all ranks of a copy share."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the student."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share the matrices of one expert."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same dense weights, over which gradients are summed and optimizer state is split."""
+        return self.data_parallel * self.context_parallel
 
 
 class OptimizerConfig(Section):

@@ -30,10 +30,11 @@ from megatron_opd.difficulty.sampling import sample_all
 from megatron_opd.difficulty.weighing import DomainWeights, weigh
 from megatron_opd.difficulty.weighted import REPEATS, check_convertible, write_weighted
 from megatron_opd.engines.command import check_engine_python
+from megatron_opd.errors import raise_together
 from megatron_opd.records import Prompt
 from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
 from megatron_opd.runtime.supervision import await_ready, ignore_signals, signals_raise
-from megatron_opd.train.preflight import attempt, check_context, check_model, raise_together
+from megatron_opd.train.preflight import attempt, check_context, check_model
 from megatron_opd.train.roles import server_role, server_url
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_opd import __version__
-from megatron_opd.config import Config
+from megatron_opd.config import Config, StudentConfig
 from megatron_opd.observe.recorder import follow
 from megatron_opd.runtime.rundir import RunDirectory
 
@@ -94,9 +94,7 @@ class RunConsole(ProgressConsole):
         teachers = ", ".join(f"{domain} = {teacher.model}" for domain, teacher in config.teachers.items())
         self._steps = config.steps
         self._say(f"megatron_opd {__version__}   run {config.name}")
-        self._say(
-            f"  student   {student.model}, {student.dtype}, TP {student.tensor_parallel} x DP {student.data_parallel}"
-        )
+        self._say(f"  student   {student.model}, {student.dtype}, {_layout(student)}")
         self._say(f"  teachers  {teachers}")
         self._say(
             f"  steps     {config.steps} of {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} rollouts"
@@ -171,3 +169,11 @@ def _accuracy_table(evaluations: dict) -> Table:
 def _cell(evaluations: dict, when: str, domain: str) -> str:
     value, error = evaluations[when].get(domain), evaluations["standard_error"][when].get(domain)
     return _percent(value) if value is None else f"{_percent(value)} ({100 * error:.1f})"
+
+
+def _layout(student: StudentConfig) -> str:
+    """The parallel sizes in a row: "TP 2 x PP 2 x DP 1"; those that are rarely used only where they are."""
+    sizes = {"TP": student.tensor_parallel, "PP": student.pipeline_parallel, "CP": student.context_parallel}
+    used = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "TP"]
+    experts = f", EP {student.expert_parallel}" if student.expert_parallel > 1 else ""
+    return " x ".join([*used, f"DP {student.data_parallel}"]) + experts

@@ -11,7 +11,11 @@ class TrainerInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tensor_parallel: int
+    pipeline_parallel: int
+    virtual_pipeline: int
+    context_parallel: int
     data_parallel: int
+    expert_parallel: int
     backend: str  # "torch" or "transformer_engine"
     backend_reason: str
     dtype: str

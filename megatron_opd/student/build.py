@@ -27,10 +27,16 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.runtime import env
 from megatron_opd.student import cpu_runtime
 from megatron_opd.student.head import return_hidden_states
-from megatron_opd.student.sizes import check_sizes, check_world_size, read_hf_config
+from megatron_opd.student.sizes import check_sizes, check_world_size, has_experts, read_hf_config
 from megatron_opd.student.torch_backend import decoder_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 BackendName = Literal["torch", "transformer_engine"]
 
@@ -40,7 +46,7 @@ class Student:
     """One rank's part of the model that learns."""
 
     bridge: Bridge  # converts names and weights between Hugging Face and Megatron; knows vocab_size and dtype
-    model: list[DistributedDataParallel]  # one chunk for each pipeline stage of this rank
+    model: list[DistributedDataParallel]  # one chunk, or one for each virtual pipeline stage of this rank
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     backend: BackendName
@@ -70,7 +76,13 @@ def init_distributed(student: StudentConfig, seed: int, timeout_s: float = 1800.
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, timeout=timeout)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=student.tensor_parallel, distributed_timeout_minutes=timeout.total_seconds() / 60
+        tensor_model_parallel_size=student.tensor_parallel,
+        pipeline_model_parallel_size=student.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=student.virtual_pipeline if student.virtual_pipeline > 1 else None,
+        context_parallel_size=student.context_parallel,
+        expert_model_parallel_size=student.expert_parallel,
+        expert_tensor_parallel_size=student.expert_tensor,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -83,17 +95,21 @@ def build_student(config: Config) -> Student:
     """
     check_sizes(config, read_hf_config(config.student.model))
     backend, reason = _choose_backend(config.student)
+    if config.student.fp8 is not None and backend == "torch":
+        raise ConfigError(
+            "Only Transformer Engine has 8-bit matrix products",
+            where="student.fp8",
+            got=f"{config.student.fp8}, but {reason}",
+            fix="set student.fp8 to null",
+        )
     bridge = _build_bridge(config.student, backend)
-    model = return_hidden_states(_build_model(bridge, backend))
-    bridge.load_weights([model], str(config.student.model))
-    sharded = config.student.data_parallel > 1
-    wrapped = DistributedDataParallel(
-        bridge.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded),
-        model,
-    )
-    optimizer, scheduler = _build_optimizer(config, wrapped, sharded)
-    return Student(bridge, [wrapped], optimizer, scheduler, backend, reason)
+    virtual = config.student.virtual_pipeline
+    parts = range(virtual) if virtual > 1 else [None]
+    chunks = [return_hidden_states(_build_chunk(bridge, backend, part)) for part in parts]
+    bridge.load_weights(chunks, str(config.student.model))
+    model = _wrap(chunks, bridge, config.student)
+    optimizer, scheduler = _build_optimizer(config, model)
+    return Student(bridge, model, optimizer, scheduler, backend, reason)
 
 
 def _device_type(student: StudentConfig) -> Literal["cpu", "cuda"]:
@@ -131,12 +147,16 @@ def _build_bridge(student: StudentConfig, backend: BackendName) -> Bridge:
     bridge = AutoBridge.from_pretrained(
         str(student.model), dtype=DTYPES[student.dtype], make_vocab_size_divisible_by=student.tensor_parallel
     )
+    # mbridge writes what it learns of one model into its class, and thus into the next model of the process.
+    output = "model.embed_tokens.weight" if bridge.hf_config.tie_word_embeddings else "lm_head.weight"
+    bridge._DIRECT_MAPPING = bridge._DIRECT_MAPPING | {"output_layer.weight": output}
     # mbridge sets these two only in its own model provider, and pads and cuts the vocabulary by them.
     bridge.vocab_size = bridge.hf_config.vocab_size
     bridge.padded_vocab_size = bridge.vocab_size + -bridge.vocab_size % student.tensor_parallel
     bridge.set_extra_args(
         sequence_parallel=student.sequence_parallel,
         variable_seq_lengths=True,  # rows differ in length
+        fp8=student.fp8,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         # The loss already holds the global denominator: gradients are summed over ranks and rows, never averaged.
@@ -145,9 +165,22 @@ def _build_bridge(student: StudentConfig, backend: BackendName) -> Bridge:
         # Every weight is loaded.
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
+        **_experts(bridge.hf_config),
+        **_RECOMPUTE[student.recompute],
         **_fusions(backend),
     )
     return bridge
+
+
+def _experts(hf_config: Any) -> dict[str, Any]:
+    """How tokens find their experts; nothing for a dense model."""
+    if not has_experts(hf_config.to_dict()):
+        return {}
+    return {
+        "moe_token_dispatcher_type": "alltoall",  # the only one for rows of different lengths
+        "moe_router_load_balancing_type": "none",  # the loss is the recipe's alone
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,  # normalised over the chosen experts, or over all
+    }
 
 
 def _fusions(backend: BackendName) -> dict[str, bool]:
@@ -162,23 +195,48 @@ def _fusions(backend: BackendName) -> dict[str, bool]:
     return dict.fromkeys(names, backend == "transformer_engine")
 
 
-def _build_model(bridge: Bridge, backend: BackendName) -> GPTModel:
+def _build_chunk(bridge: Bridge, backend: BackendName, part: int | None) -> GPTModel:
+    """The layers of this pipeline stage; with virtual stages, of number ``part`` of this rank's."""
     hf_config = bridge.hf_config
     if backend == "transformer_engine":
-        spec = get_gpt_decoder_block_spec(bridge.config, use_transformer_engine=True)
+        spec = get_gpt_decoder_block_spec(bridge.config, use_transformer_engine=True, vp_stage=part)
     else:
-        spec = decoder_spec(bridge.config)
+        spec = decoder_spec(bridge.config, part)
     return GPTModel(
         config=bridge.config,
         transformer_layer_spec=spec,
         vocab_size=bridge.padded_vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=part is None, vp_stage=part),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=part is None, vp_stage=part),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=_rope_base(hf_config),
+        vp_stage=part,
     )
+
+
+def _wrap(chunks: list[GPTModel], bridge: Bridge, student: StudentConfig) -> list[DistributedDataParallel]:
+    """Give each chunk its buffers of gradients, and tell the schedule when to start reducing them."""
+    settings = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": student.copies > 1,
+        "overlap_grad_reduce": student.overlap_gradients,
+        "overlap_param_gather": student.overlap_parameters,
+    }
+    model = [
+        DistributedDataParallel(
+            bridge.config,
+            DistributedDataParallelConfig(**settings),
+            chunk,
+            disable_bucketing=number > 0,  # what later chunks send overlaps with the chunks before them anyway
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if student.overlap_gradients:
+        waits = [chunk.no_sync for chunk in model]  # until the last micro-batch
+        bridge.config.no_sync_func = waits if len(waits) > 1 else waits[0]
+    return model
 
 
 def _rope_base(hf_config: Any) -> float:
@@ -188,7 +246,7 @@ def _rope_base(hf_config: Any) -> float:
 
 
 def _build_optimizer(
-    config: Config, model: DistributedDataParallel, sharded: bool
+    config: Config, model: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     options = config.optimizer
     settings = OptimizerConfig(
@@ -202,9 +260,10 @@ def _build_optimizer(
         clip_grad=options.clip_grad,
         bf16=config.student.dtype == "bfloat16",
         params_dtype=DTYPES[config.student.dtype],
-        use_distributed_optimizer=sharded,
+        use_distributed_optimizer=config.student.copies > 1,
+        overlap_param_gather=config.student.overlap_parameters,
     )
-    optimizer = get_megatron_optimizer(settings, [model])
+    optimizer = get_megatron_optimizer(settings, model)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -26,7 +26,14 @@ def hf_weights(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
     All ranks go through it to the end, and all get every tensor, with the padding of the vocabulary cut off. A tensor
     may share memory with the live weights: copy what has to outlive the next step.
     """
-    yield from student.bridge.export_weights(student.model)
+    for chunk in student.model:
+        if chunk.ddp_config.overlap_param_gather:  # the step left the gathering to the next forward pass
+            chunk.start_param_sync(force_sync=True)
+    seen = set()
+    for name, tensor in student.bridge.export_weights(student.model):
+        if name not in seen:  # a tied embedding is on the first and on the last pipeline stage
+            seen.add(name)
+            yield name, tensor
 
 
 def export_hf(student: Student, source_folder: Path, out_folder: Path) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import Config, StudentConfig
-from megatron_opd.errors import ConfigError, ModelError
+from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
 
-# Dense decoders that mbridge converts and decoder_spec builds.
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# Decoders that mbridge converts and decoder_spec builds.
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 # Fields of config.json that change the arithmetic and that the conversion does not carry over.
 _FIXED_FIELDS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+_FIXED_EXPERT_FIELDS = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # every layer has experts
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -37,23 +39,33 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def check_sizes(config: Config, hf_config: dict[str, Any]) -> None:
     """Check that the model of ``hf_config`` can be split and trained as ``config`` says.
 
-    Raises ModelError for a model that the student cannot build, ConfigError for sizes or a schedule that do not fit.
+    Raises ModelError for a model that the student cannot build, ConfigError for sizes or a schedule that do not fit;
+    when more than one thing is wrong, a ConfigError that lists all.
     """
-    _check_model(config, hf_config)
-    _check_split(config, hf_config)
-    _check_schedule(config)
+    raise_together(size_mistakes(config, hf_config))
+
+
+def size_mistakes(config: Config, hf_config: dict[str, Any]) -> list[OpdError]:
+    """What ``check_sizes`` would raise, a list of all. Sizes are looked at only where the model is one we build."""
+    try:
+        _check_model(config, hf_config)
+        split = list(_split_mistakes(config, hf_config))
+    except ModelError as error:
+        return [error]
+    return [*split, *_layout_mistakes(config.student), *_schedule_mistakes(config)]
 
 
 def check_world_size(student: StudentConfig, world_size: int) -> None:
     """Raise ConfigError unless ``world_size`` ranks are what the config asks for."""
-    expected = student.tensor_parallel * student.data_parallel
-    if world_size != expected:
+    if world_size != student.ranks:
+        sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel")
+        product = " * ".join(f"{getattr(student, size)} {size.replace('_', ' ')}" for size in sizes)
         raise ConfigError(
             "The number of ranks does not fit the parallel sizes",
-            where="student.tensor_parallel, student.data_parallel",
+            where=", ".join(f"student.{size}" for size in sizes),
             got=f"{world_size} ranks",
-            expected=f"{expected} = {student.tensor_parallel} tensor parallel * {student.data_parallel} data parallel",
-            fix=f"start {expected} ranks, or change the sizes",
+            expected=f"{student.ranks} = {product}",
+            fix=f"start {student.ranks} ranks, or change the sizes",
         )
 
 
@@ -67,7 +79,8 @@ def _check_model(config: Config, hf_config: dict[str, Any]) -> None:
             got=model_type,
             expected=" or ".join(MODEL_TYPES),
         )
-    for field, expected in _FIXED_FIELDS.items():
+    fixed = _FIXED_FIELDS | (_FIXED_EXPERT_FIELDS if has_experts(hf_config) else {})
+    for field, expected in fixed.items():
         if hf_config.get(field, expected) != expected:
             raise ModelError(
                 "The student uses a feature that is not supported",
@@ -86,42 +99,156 @@ def _check_model(config: Config, hf_config: dict[str, Any]) -> None:
         )
 
 
-def _check_split(config: Config, hf_config: dict[str, Any]) -> None:
+def has_experts(hf_config: dict[str, Any]) -> bool:
+    """Whether the model of a config.json is a mixture of experts."""
+    return str(hf_config.get("model_type")).endswith("_moe")
+
+
+def _split_mistakes(config: Config, hf_config: dict[str, Any]) -> Iterator[OpdError]:
+    """Sizes of the model that the ranks cannot share evenly."""
     student = config.student
-    heads = _size(config, hf_config, "num_attention_heads")
-    sizes = {
-        "attention heads": heads,
-        "key-value heads": hf_config.get("num_key_value_heads") or heads,
-        "feed-forward units": _size(config, hf_config, "intermediate_size"),
-    }
-    for name, size in sizes.items():
-        if size % student.tensor_parallel:
-            raise ConfigError(
-                f"The {name} cannot be split evenly over tensor-parallel ranks",
-                where="student.tensor_parallel",
-                got=f"{size} {name} over {student.tensor_parallel} ranks",
-                expected=f"a divisor of {size}",
+
+    def size(field: str) -> int:
+        return _size(config, hf_config, field)
+
+    heads = size("num_attention_heads")
+    experts = "num_experts" if "num_experts" in hf_config else "num_local_experts"  # transformers 4 and 5
+    tensor, stages = student.tensor_parallel, student.pipeline_parallel * student.virtual_pipeline
+    shares = [
+        ("attention heads", heads, tensor, "tensor-parallel ranks", "tensor_parallel"),
+        (
+            "key-value heads",
+            hf_config.get("num_key_value_heads") or heads,
+            tensor,
+            "tensor-parallel ranks",
+            "tensor_parallel",
+        ),
+        ("layers", size("num_hidden_layers"), stages, "pipeline stages", "pipeline_parallel, student.virtual_pipeline"),
+    ]
+    if has_experts(hf_config):
+        shares += [
+            ("experts", size(experts), student.expert_parallel, "expert-parallel ranks", "expert_parallel"),
+            (
+                "feed-forward units of an expert",
+                size("moe_intermediate_size"),
+                student.expert_tensor,
+                "expert-tensor-parallel ranks",
+                "expert_tensor_parallel",
+            ),
+        ]
+    else:
+        shares.append(
+            ("feed-forward units", size("intermediate_size"), tensor, "tensor-parallel ranks", "tensor_parallel")
+        )
+    for name, whole, ranks, kind, key in shares:
+        if whole % ranks:
+            yield ConfigError(
+                f"The {name} cannot be split evenly over {kind}",
+                where=f"student.{key}",
+                got=f"{whole} {name} over {ranks} {kind}",
+                expected=f"a divisor of {whole}",
             )
-    if student.sequence_parallel and student.tensor_parallel == 1:
-        raise ConfigError(
-            "Sequence parallelism needs tensor parallelism",
+    yield from _expert_mistakes(student, has_experts(hf_config))
+
+
+def _expert_mistakes(student: StudentConfig, experts: bool) -> Iterator[OpdError]:
+    """Expert sizes that Megatron's groups do not allow."""
+    if not experts:
+        if student.expert_parallel > 1 or student.expert_tensor_parallel is not None:
+            yield ConfigError(
+                "A model without experts cannot be split over expert-parallel ranks",
+                where="student.expert_parallel, student.expert_tensor_parallel",
+                got=f"{student.expert_parallel} and {student.expert_tensor_parallel}",
+                expected="1 and null",
+            )
+        return
+    if student.copies % student.expert_parallel:
+        yield ConfigError(
+            "Expert-parallel ranks are taken out of the copies of the student, and do not divide them",
+            where="student.expert_parallel",
+            got=f"{student.expert_parallel} expert-parallel ranks of {student.copies} copies",
+            expected=f"a divisor of {student.copies} = {student.data_parallel} data parallel * "
+            f"{student.context_parallel} context parallel",
+        )
+    if student.expert_tensor not in (1, student.tensor_parallel):
+        yield ConfigError(
+            "The matrices of an expert are split as all others, or not at all",
+            where="student.expert_tensor_parallel",
+            got=student.expert_tensor,
+            expected=f"1 or student.tensor_parallel = {student.tensor_parallel}",
+        )
+    elif student.expert_tensor != student.tensor_parallel and student.expert_parallel == 1:
+        yield ConfigError(
+            "Megatron sums the gradients of undivided experts over tensor-parallel ranks only with expert parallelism",
+            where="student.expert_tensor_parallel",
+            got=f"{student.expert_tensor} with student.tensor_parallel {student.tensor_parallel} "
+            "and student.expert_parallel 1",
+            fix="set student.expert_tensor_parallel to null, or student.expert_parallel to 2 or more",
+        )
+    if student.tensor_parallel > 1 and not student.sequence_parallel:
+        yield ConfigError(
+            "Megatron trains experts under tensor parallelism only with sequence parallelism",
             where="student.sequence_parallel",
-            got="true with student.tensor_parallel 1",
-            fix="set student.sequence_parallel to false, or student.tensor_parallel to 2 or more",
+            got=f"false with student.tensor_parallel {student.tensor_parallel}",
+            fix="set student.sequence_parallel to true",
         )
 
 
-def _check_schedule(config: Config) -> None:
+def _layout_mistakes(student: StudentConfig) -> Iterator[OpdError]:
+    """Parallel sizes and switches that contradict each other, whatever the model."""
+    rules: list[tuple[bool, str, str, str, str]] = [
+        (
+            student.sequence_parallel and student.tensor_parallel == 1,
+            "Sequence parallelism needs tensor parallelism",
+            "sequence_parallel",
+            "true with student.tensor_parallel 1",
+            "set student.sequence_parallel to false, or student.tensor_parallel to 2 or more",
+        ),
+        (
+            student.virtual_pipeline > 1 and student.pipeline_parallel == 1,
+            "Virtual pipeline stages need pipeline parallelism",
+            "virtual_pipeline",
+            f"{student.virtual_pipeline} with student.pipeline_parallel 1",
+            "set student.virtual_pipeline to 1, or student.pipeline_parallel to 2 or more",
+        ),
+        (
+            (student.overlap_gradients or student.overlap_parameters) and student.copies == 1,
+            "There is nothing to overlap: a single copy of the student sends no gradients and no weights",
+            "overlap_gradients, student.overlap_parameters",
+            "true with student.data_parallel 1 and student.context_parallel 1",
+            "set both to false",
+        ),
+        (
+            student.overlap_parameters and not student.overlap_gradients,
+            "Megatron overlaps the gathering of weights only together with the reduction of gradients",
+            "overlap_parameters",
+            "true with student.overlap_gradients false",
+            "set student.overlap_gradients to true",
+        ),
+        (
+            student.fp8 is not None and (student.backend == "torch" or student.device == "cpu"),
+            "Only Transformer Engine on a GPU has 8-bit matrix products",
+            "fp8",
+            f"{student.fp8} with student.backend {student.backend} and student.device {student.device}",
+            "set student.fp8 to null",
+        ),
+    ]
+    for broken, what, key, got, fix in rules:
+        if broken:
+            yield ConfigError(what, where=f"student.{key}", got=got, fix=fix)
+
+
+def _schedule_mistakes(config: Config) -> Iterator[OpdError]:
     optimizer = config.optimizer
     if optimizer.warmup_steps >= config.steps:
-        raise ConfigError(
+        yield ConfigError(
             "The warm-up is not shorter than the run",
             where="optimizer.warmup_steps",
             got=f"{optimizer.warmup_steps} warm-up steps of {config.steps} steps",
             fix="lower optimizer.warmup_steps",
         )
     if optimizer.min_lr > optimizer.lr:
-        raise ConfigError(
+        yield ConfigError(
             "The lowest learning rate is above the peak",
             where="optimizer.min_lr",
             got=optimizer.min_lr,

@@ -103,7 +103,11 @@ def _report_of(
 def _info(student: Student, config: Config) -> TrainerInfo:
     return TrainerInfo(
         tensor_parallel=config.student.tensor_parallel,
+        pipeline_parallel=config.student.pipeline_parallel,
+        virtual_pipeline=config.student.virtual_pipeline,
+        context_parallel=config.student.context_parallel,
         data_parallel=config.student.data_parallel,
+        expert_parallel=config.student.expert_parallel,
         backend=student.backend,
         backend_reason=student.reason,
         dtype=config.student.dtype,

@@ -9,22 +9,13 @@ from megatron_opd.config import Config
 from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_tokenizer
 from megatron_opd.engines.command import check_engine_python
-from megatron_opd.errors import ConfigError, ModelError, OpdError
-from megatron_opd.student.sizes import check_sizes, read_hf_config
+from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
+from megatron_opd.student.sizes import read_hf_config, size_mistakes
 
 
 def preflight(config: Config) -> None:
     """Check models, tokenizers, sizes and data. Raises OpdError: the one mistake, or a list of all."""
     raise_together(list(_mistakes(config)))
-
-
-def raise_together(found: list[OpdError]) -> None:
-    """Raise the one mistake, or one error that lists all; return when there is none."""
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        listing = "\n".join(f"{number}. {error}" for number, error in enumerate(found, 1))
-        raise ConfigError(f"{len(found)} things must be put right before the run can start\n{listing}")
 
 
 def _mistakes(config: Config) -> Iterator[OpdError]:
@@ -39,7 +30,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
     yield from missing
     if missing:
         return  # what follows reads the models
-    yield from attempt(lambda: check_sizes(config, read_hf_config(config.student.model)))
+    yield from size_mistakes(config, read_hf_config(config.student.model))
     for key, model in models.items():
         yield from attempt(lambda k=key, m=model: check_context(k, m, config))
         yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_opd.config import Config, parse_config
 from megatron_opd.records import PackedBatch
@@ -22,7 +22,7 @@ _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -32,9 +32,60 @@ MODELS = {
     "untied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
-    # Last: once mbridge met a tied Qwen, it takes every later Qwen of the process for tied.
     "tied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
 }
+_EXPERTS = {
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "router_aux_loss_coef": 0.0,
+}
+EXPERTS = {
+    "experts": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=True, tie_word_embeddings=False),
+    "tied_experts": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, norm_topk_prob=False, tie_word_embeddings=True),
+}
+
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "tp2_sequence": {"tensor_parallel": 2, "sequence_parallel": True},
+    "dp2": {"data_parallel": 2},
+    "dp2_overlap": {"data_parallel": 2, "overlap_gradients": True, "overlap_parameters": True},
+    "pp2": {"pipeline_parallel": 2},
+    "pp2_virtual2": {"pipeline_parallel": 2, "virtual_pipeline": 2, "recompute": "full"},
+    "cp2": {"context_parallel": 2, "recompute": "selective"},
+    "pp2_cp2": {"pipeline_parallel": 2, "context_parallel": 2},
+    "tp2_pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "tp2_cp2": {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
+    "dp2_tp2": {"data_parallel": 2, "tensor_parallel": 2},
+    "dp2_pp2_overlap": {
+        **{"data_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2},
+        **{"overlap_gradients": True, "overlap_parameters": True},
+    },
+    "experts_1": {},
+    "experts_dp2": {"data_parallel": 2},
+    "experts_ep2": {"data_parallel": 2, "expert_parallel": 2},
+    "experts_cp2_ep2": {"context_parallel": 2, "expert_parallel": 2, "recompute": "full"},
+    "experts_tp2": {"tensor_parallel": 2, "sequence_parallel": True},
+    "experts_ep2_tp2": {
+        **{"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
+        **{"overlap_gradients": True, "overlap_parameters": True},
+    },
+    "experts_ep2_tp2_etp1": {
+        **{"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
+        **{"expert_tensor_parallel": 1},
+    },
+    "experts_ep2_pp2": {"data_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+}
+
+
+def kinds_of(layout: str) -> list[str]:
+    """Models that are tried under a layout; the first one in all respects."""
+    if layout.startswith("experts"):
+        return list(EXPERTS) if "pp2" in layout else ["experts"]
+    return list(MODELS)
 
 
 @dataclass(frozen=True)
@@ -53,8 +104,10 @@ class Sample:
 def make_model(folder: Path, kind: str) -> None:
     """Save a random model whose norms and biases are not the identity, so that a lost one shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[kind](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config((MODELS | EXPERTS)[kind](), dtype=torch.float32)
     for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.mul_(50)  # a router in doubt would choose by rounding errors
         if parameter.ndim == 1:
             parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_()
     model.save_pretrained(folder)
@@ -169,11 +222,26 @@ def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
             loss = loss + sample.weights[position] * token_loss + sample.forward_weights[position] * forward
     loss = loss / denominator_of(samples)
     loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = as_saved({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=OPTIMIZER["lr"], betas=(0.9, 0.98), eps=OPTIMIZER["adam_eps"]).step()
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = as_saved({name: parameter.detach() for name, parameter in model.named_parameters()})
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
     return {"loss": loss.item(), "grad_norm": norm, "gradients": gradients, "weights": weights}
+
+
+def as_saved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model under the names of its files: transformers joins the experts of a layer in memory."""
+    saved = {}
+    for name, tensor in tensors.items():
+        layer, _, joined = name.rpartition(".experts.")
+        if not layer:
+            saved[name] = tensor
+            continue
+        for number, matrix in enumerate(tensor):
+            parts = matrix.chunk(2) if joined == "gate_up_proj" else [matrix]
+            names = ["gate_proj", "up_proj"] if joined == "gate_up_proj" else ["down_proj"]
+            saved |= {f"{layer}.experts.{number}.{kind}.weight": part for kind, part in zip(names, parts, strict=True)}
+    return saved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -14,24 +13,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from student_case import MODELS, denominator_of, make_model, make_samples, next_logprobs, slow_reference
+from student_case import (
+    EXPERTS,
+    LAYOUTS,
+    MODELS,
+    denominator_of,
+    kinds_of,
+    make_config,
+    make_model,
+    make_samples,
+    next_logprobs,
+    slow_reference,
+)
 from transformers import AutoModelForCausalLM
 
-LAYOUTS = {
-    "tp1": {},
-    "tp2": {"tensor_parallel": 2},
-    "tp2_sequence": {"tensor_parallel": 2, "sequence_parallel": True},
-    "dp2": {"data_parallel": 2},
-}
+from megatron_opd.errors import ConfigError
+from megatron_opd.student.build import build_student
+
 SPLITS = ("one_row", "row_each", "mixed")
-TRAINED = ("untied", "tied")
+CASES = [(layout, kind) for layout in LAYOUTS for kind in kinds_of(layout)]
+TRAINED = [(layout, kind) for layout, kind in CASES if kind not in ("llama", "qwen2")]
+FIRST = [(layout, kinds_of(layout)[0]) for layout in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with one random model of each kind and its samples."""
     folder = tmp_path_factory.mktemp("student")
-    for kind in MODELS:
+    for kind in MODELS | EXPERTS:
         make_model(folder / kind, kind)
         (folder / f"{kind}.samples").write_bytes(pickle.dumps(make_samples(load(folder / kind))))
     return folder
@@ -41,47 +50,29 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(work: Path) -> dict[str, dict[str, Any]]:
     """What each kind of model should give."""
     found = {}
-    for kind in MODELS:
+    for kind in MODELS | EXPERTS:
         samples = samples_of(work, kind)
         with torch.no_grad():
             model = load(work / kind)
             found[kind] = {"logprobs": [next_logprobs(model, sample.tokens).numpy() for sample in samples]}
-        if kind in TRAINED:
+        if kind not in ("llama", "qwen2"):
             found[kind] |= slow_reference(work / kind, samples)
     return found
 
 
 @pytest.fixture(scope="module")
 def runs(work: Path) -> dict[str, dict[str, Any]]:
-    """What the ranks of each layout computed. All layouts run at once: most of their time is spent importing."""
-    with contextlib.ExitStack() as stack:
-        started = {name: stack.enter_context(start_ranks(work, name, sizes)) for name, sizes in LAYOUTS.items()}
-        try:
-            failed = [name for name, process in started.items() if process.wait(timeout=150)]
-        finally:
-            for process in started.values():
-                process.terminate()
-    assert not failed, "".join((work / f"{name}.log").read_text()[-6000:] for name in failed)
-    return {name: pickle.loads((work / f"{name}.pickle").read_bytes()) for name in LAYOUTS}
-
-
-def start_ranks(work: Path, name: str, sizes: dict[str, Any]) -> subprocess.Popen:
-    ranks = sizes.get("tensor_parallel", 1) * sizes.get("data_parallel", 1)
+    """What the ranks of each layout computed."""
     worker = str(Path(__file__).with_name("student_worker.py"))
-    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    with (work / f"{name}.log").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, *launcher, worker, str(work), name, json.dumps(sizes)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-
-@pytest.fixture(scope="module", params=LAYOUTS)
-def layout(request: pytest.FixtureRequest, runs: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Name of a layout and what its ranks computed."""
-    return request.param, runs[request.param]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", worker, str(work), json.dumps(LAYOUTS)],
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return {name: pickle.loads((work / f"{name}.pickle").read_bytes()) for name in LAYOUTS}
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -92,26 +83,36 @@ def samples_of(work: Path, kind: str) -> list[Any]:
     return pickle.loads((work / f"{kind}.samples").read_bytes())
 
 
-def test_logprobs_equal_transformers(layout: tuple, reference: dict) -> None:
-    _, result = layout
-    for kind in MODELS:
-        for way in ("alone", "packed"):
-            for found, expected in zip(result[kind][way], reference[kind]["logprobs"], strict=True):
-                np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=f"{kind} {way}")
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+@pytest.mark.parametrize("way", ["alone", "packed"])
+def test_logprobs_equal_transformers(runs: dict, reference: dict, layout: str, kind: str, way: str) -> None:
+    for found, expected in zip(runs[layout][kind][way], reference[kind]["logprobs"], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
-def test_backend_says_why(layout: tuple) -> None:
-    _, result = layout
-    assert result["untied"]["backend"] == ("torch", "Transformer Engine needs a GPU")
-    assert "transformer_engine, but Transformer Engine needs a GPU" in result["demand"]
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_every_array_reaches_the_loss_where_it_was(runs: dict, layout: str, kind: str) -> None:
+    """Position-coded values, cut for context parallelism and carried to the last pipeline stage."""
+    assert runs[layout][kind]["misplaced"] == []
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize(("layout", "kind"), FIRST)
+def test_backend_says_why(runs: dict, layout: str, kind: str) -> None:
+    assert runs[layout][kind]["backend"] == ("torch", "Transformer Engine needs a GPU")
+    assert "transformer_engine, but Transformer Engine needs a GPU" in runs[layout]["demand"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine may be there")
+def test_8_bit_products_without_transformer_engine_are_refused(work: Path) -> None:
+    with pytest.raises(ConfigError, match="hybrid, but Transformer Engine needs a GPU"):
+        build_student(make_config(work / "untied", device="auto", fp8="hybrid"))
+
+
+@pytest.mark.parametrize(("layout", "kind"), TRAINED)
 @pytest.mark.parametrize("split", SPLITS)
-def test_step_equals_slow_reference(layout: tuple, reference: dict, kind: str, split: str) -> None:
+def test_step_equals_slow_reference(runs: dict, reference: dict, layout: str, kind: str, split: str) -> None:
     """Loss, gradients and updated weights depend neither on the layout nor on how samples are packed."""
-    _, result = layout
-    found, expected = result[kind][split], reference[kind]
+    found, expected = runs[layout][kind][split], reference[kind]
     metrics = found["metrics"]
     assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-5)
@@ -122,15 +123,17 @@ def test_step_equals_slow_reference(layout: tuple, reference: dict, kind: str, s
             torch.testing.assert_close(found[what][name], tensor, atol=1e-5, rtol=0, msg=f"{what} of {name}")
 
 
+@pytest.mark.parametrize(("layout", "kind"), FIRST)
 @pytest.mark.parametrize("split", SPLITS)
-def test_metrics_are_weighted_means(layout: tuple, work: Path, reference: dict, split: str) -> None:
-    _, result = layout
-    metrics = result["untied"][split]["metrics"]
-    samples = samples_of(work, "untied")
+def test_metrics_are_weighted_means(
+    runs: dict, work: Path, reference: dict, layout: str, kind: str, split: str
+) -> None:
+    metrics = runs[layout][kind][split]["metrics"]
+    samples = samples_of(work, kind)
     weights = np.concatenate([sample.weights[:-1] for sample in samples])
     advantages = np.concatenate([sample.advantages[:-1] for sample in samples])
     behaviour = np.concatenate([sample.behaviour[:-1] for sample in samples])
-    changes = np.concatenate(reference["untied"]["logprobs"]) - behaviour
+    changes = np.concatenate(reference[kind]["logprobs"]) - behaviour
     ratios = np.exp(changes)
     clipped = ((ratios > 1.28) & (advantages > 0)) | ((ratios < 0.8) & (advantages < 0))
     total = denominator_of(samples)
@@ -141,40 +144,39 @@ def test_metrics_are_weighted_means(layout: tuple, work: Path, reference: dict, 
     assert metrics["abs_logprob_change"] == pytest.approx((weights * np.abs(changes)).sum() / total, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-def test_non_finite_step_changes_nothing(layout: tuple, kind: str) -> None:
-    _, result = layout
-    refused = result[kind]["refused"]
+@pytest.mark.parametrize(("layout", "kind"), TRAINED)
+def test_non_finite_step_changes_nothing(runs: dict, layout: str, kind: str) -> None:
+    refused = runs[layout][kind]["refused"]
     assert refused["unchanged"]
     assert "loss is not finite" in refused["messages"]["loss"]
     assert "norm of the gradient is not finite" in refused["messages"]["gradient"]
     assert "training step 3" in refused["messages"]["loss"]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_export_is_equal_to_the_bit(layout: tuple, work: Path, kind: str) -> None:
-    name, _ = layout
-    exported = work / f"{kind}-{name}"
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_export_is_equal_to_the_bit(runs: dict, work: Path, layout: str, kind: str) -> None:
+    exported = work / f"{kind}-{layout}"
     original, copy = load(work / kind).state_dict(), load(exported).state_dict()
     assert original.keys() == copy.keys()
     assert all(torch.equal(original[key], copy[key]) for key in original)
     shards = sorted(path.name for path in exported.glob("*.safetensors"))
-    assert len(shards) == 4 if kind == "llama" else shards == ["model.safetensors"], shards
+    assert len(shards) == 6 if kind == "llama" else shards == ["model.safetensors"], shards
     assert (exported / "chat_template.jinja").is_file()
     assert (exported / "tokenizer_config.json").is_file()
     assert not list(work.glob("*.partial"))
 
 
-def test_half_precision(layout: tuple, work: Path, reference: dict) -> None:
+@pytest.mark.parametrize(("layout", "kind"), FIRST)
+def test_half_precision(runs: dict, work: Path, reference: dict, layout: str, kind: str) -> None:
     """bfloat16 weights give nearly the same step, and are exported as such."""
-    name, result = layout
-    assert result["half"]["loss"] == pytest.approx(reference["untied"]["loss"], abs=0.01)
-    assert result["half"]["grad_norm"] == pytest.approx(reference["untied"]["grad_norm"], rel=0.02)
-    assert load(work / f"half-{name}").dtype == torch.bfloat16
+    half = runs[layout]["half"]
+    assert half["loss"] == pytest.approx(reference[kind]["loss"], abs=0.01)
+    assert half["grad_norm"] == pytest.approx(reference[kind]["grad_norm"], rel=0.02)
+    assert load(work / f"half-{layout}").dtype == torch.bfloat16
 
 
-def test_vocab_parallel_logprob(layout: tuple) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vocab_parallel_logprob(runs: dict, layout: str) -> None:
     """Against log_softmax and autograd over the real columns, with more or fewer padded ones."""
-    _, result = layout
-    for name, difference in result["logprob"].items():
+    for name, difference in runs[layout]["logprob"].items():
         assert difference == 0 if "padding" in name else difference < (1e-2 if "bfloat16" in name else 1e-5), name
