@@ -85,7 +85,7 @@ def build_student(config: Config) -> Student:
     bridge = _build_bridge(config.student, backend)
     model = _build_model(bridge, backend)
     bridge.load_weights([model], str(config.student.model))
-    sharded = config.student.data_parallel > 1
+    sharded = True  # with one rank too: a checkpoint then loads under any layout
     wrapped = DistributedDataParallel(
         bridge.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded),
