@@ -77,36 +77,35 @@ class Saver:
             return
         began = time.monotonic()
         save, found = self._save, _everywhere(self._state(self._save))
-        problems = [f"rank {rank}: {state.problem}" for rank, state in enumerate(found) if state.problem]
-        late = any(state.late for state in found)
-        if not problems and late and any(not state.done for state in found):
-            waiting = ", ".join(f"rank {rank}" for rank, state in enumerate(found) if not state.done)
-            problems = [
-                f"{waiting} had not written everything after checkpoint.deadline_s = {self._config.deadline_s:g}"
-            ]
+        problems = [state.problem for state in found if state.problem]
+        waiting = [state.waiting_for for state in found if state.waiting_for]
+        if waiting and not problems and any(state.late for state in found):
+            problems = [f"after checkpoint.deadline_s = {self._config.deadline_s:g} {', '.join(waiting)}"]
         if problems:
             self._save = None
             self._fail(save.step, "; ".join(problems))
-        elif all(state.done for state in found):
+        elif waiting:
+            save.waited_s += time.monotonic() - began
+        else:
             self._save = None
             self._complete(save, began)
-        else:
-            save.waited_s += time.monotonic() - began
 
     def finish(self) -> None:
         """Wait for the save under way, for at most its deadline."""
+        self.poll()
         while self._save is not None:
-            began = time.monotonic()
+            time.sleep(POLL_S)
+            self._save.waited_s += POLL_S
             self.poll()
-            if self._save is not None:
-                time.sleep(POLL_S)
-                self._save.waited_s += time.monotonic() - began
 
     def _state(self, save: _Save) -> _State:
-        late = time.monotonic() - save.began > self._config.deadline_s
-        # The coordinator's part comes after its own records of the step: see coordinator.loop.
-        rest = dist.get_rank() != 0 or self._folder.coordinator_state(save.step).is_dir()
-        return _State(save.writer.problem, save.writer.done and rest, late)
+        rank, writer, waiting_for = dist.get_rank(), save.writer, None
+        if not writer.done:
+            waiting_for = f"rank {rank} was still writing"
+        elif rank == 0 and not self._folder.coordinator_state(save.step).is_dir():
+            waiting_for = "the coordinator had not left its state"  # it comes after its records of the step
+        problem = f"rank {rank}: {writer.problem}" if writer.problem else None
+        return _State(problem, waiting_for, time.monotonic() - save.began > self._config.deadline_s)
 
     def _complete(self, save: _Save, began: float) -> None:
         for finalize in save.request.finalize_fns:
@@ -143,8 +142,8 @@ class Saver:
 class _State:
     """How far one rank's part of a save is."""
 
-    problem: str | None
-    done: bool
+    problem: str | None  # why it will never be done
+    waiting_for: str | None  # None: it is done
     late: bool
 
 

@@ -56,11 +56,11 @@ async def train(run: RunDirectory) -> None:
         await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
         step, last = start, False
         while not last:
-            saver.poll()
             waiting = time.monotonic()
             batch = await coordinator.batch(step, data_rank)
             if batch is None:
                 break
+            saver.poll()  # what was written while the rollouts were sampled
             training = time.monotonic()
             metrics = train_step(student, batch, config.loss)
             trained = time.monotonic()

@@ -83,7 +83,7 @@ def fail(settings: CheckpointConfig, run: RunDirectory, student: Student) -> Non
         checkpoint._write_bucket = disk_full
     checkpoint.Saver(settings.model_copy(update={"async_save": False}), run, student).begin(3)
 
-    hasty = checkpoint.Saver(settings.model_copy(update={"deadline_s": 0.5}), run, student)
+    hasty = checkpoint.Saver(settings.model_copy(update={"deadline_s": 1.0}), run, student)
     leave_coordinator_state(run, 4)
     if dist.get_rank() == 1:
         checkpoint._write_bucket = lambda *_: time.sleep(600)
