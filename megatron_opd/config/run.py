@@ -100,6 +100,11 @@ class Config(Section):
         return self.output / self.name
 
     @property
+    def sampling_seed(self) -> int | None:
+        """Seed of all responses; None where servers would not heed it."""
+        return self.seed if self.engine.deterministic else None
+
+    @property
     def world_size(self) -> int:
         """Ranks of the student."""
         return self.student.tensor_parallel * self.student.data_parallel

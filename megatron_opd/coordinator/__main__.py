@@ -55,7 +55,7 @@ async def coordinate(run: RunDirectory) -> None:
         await _serve(stack, board, endpoints.coordinator)
         attempts, top_k = config.scoring.attempts, config.scoring.top_k
         client = await _client(stack, endpoints.rollout, config)
-        seed = config.seed if config.engine.deterministic else None
+        seed = config.sampling_seed
         engine = RolloutEngine(client, tokenizer, attempts, top_k, seed)
         clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
         reference = await _client(stack, endpoints.reference, config) if endpoints.reference else None
