@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -50,8 +50,9 @@ def started_servers(logs: Path, *overrides: str) -> Iterator[Servers]:
         yield Servers(endpoints.rollout, endpoints.teachers["math"], endpoints.teachers["code"])
     finally:
         for child in children:
-            for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
-                process.kill()
+            with suppress(psutil.NoSuchProcess):  # one that died while it started
+                for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
+                    process.kill()
 
 
 @pytest.fixture

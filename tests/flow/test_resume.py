@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from megatron_opd.engines.rollout import response_seed
+from megatron_opd.engines.sglang import Sampling, SGLangClient
 from megatron_opd.observe.trajectories import read_trajectories
 from megatron_opd.runtime.checkpoints import TRACKER
 
@@ -77,6 +80,27 @@ def assert_same(whole: Run, other: Run) -> None:
     assert (other.folder / "checkpoints" / TRACKER).read_text() == f"{STEPS}\n"
     thrown_back = [path.parent.name for path in other.folder.glob("superseded/*/*/iter_*")]
     assert thrown_back == ["checkpoints"]  # the damaged one was set aside, not deleted
+
+
+async def test_a_response_is_the_same_in_any_company(deterministic_servers: Servers) -> None:
+    client = SGLangClient(deterministic_servers.rollout, timeout_s=120, max_concurrency=64)
+    prompts = [tuple(range(5 + i, 15 + 3 * i)) for i in range(12)]
+
+    async def sample(number: int) -> tuple[list[int], list[float]]:
+        sampling = Sampling(40, 1.0, (2,), seed=response_seed(0, "p", number, 0))
+        (found,) = await client.generate(prompts[number], 1, sampling)
+        return found.token_ids.tolist(), found.logprobs.tolist()
+
+    async def score(number: int) -> list:
+        ids = [*prompts[number], *together[number][0]]
+        return (await client.prompt_logprobs(ids, start=0))["meta_info"]["input_token_logprobs"]
+
+    together = await asyncio.gather(*map(sample, range(12)))
+    assert [await sample(number) for number in (11, 3, 7)] == [together[number] for number in (11, 3, 7)]
+    scored = await asyncio.gather(*map(score, range(12)))
+    assert [await score(number) for number in (0, 5)] == [scored[number] for number in (0, 5)]
+    assert len({tuple(ids) for ids, _ in together}) > 6
+    await client.close()
 
 
 def test_a_server_in_another_mode_is_refused(deterministic_servers: Servers, run_train) -> None:
