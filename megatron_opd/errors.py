@@ -7,6 +7,7 @@
       EngineError    a server answered wrongly, or does not answer           (also RuntimeError)
       ProcessError   a process of the run died or could not start            (also RuntimeError)
       RefreshError   engine and trainer disagree after a weight refresh      (also RuntimeError)
+      CheckpointError  a checkpoint that cannot be read                      (also RuntimeError)
 
 To add one: derive from ``OpdError`` and from the standard exception that a caller would have caught before.
 """
@@ -61,6 +62,10 @@ class ProcessError(OpdError, RuntimeError):
 
 class RefreshError(OpdError, RuntimeError):
     """Engine and trainer disagree after a weight refresh."""
+
+
+class CheckpointError(OpdError, RuntimeError):
+    """A checkpoint that cannot be read."""
 
 
 def raise_together(found: Sequence[OpdError]) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -22,10 +23,22 @@ from runs import COMMAND, ROOT, START_LIMIT_S, TOY, Run, Servers
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """The rollout engine and both teachers of conf/toy.yaml."""
+    with started_servers(tmp_path_factory.mktemp("servers")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def deterministic_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """The same in deterministic mode, which takes seeds and gives the same response in any company."""
+    with started_servers(tmp_path_factory.mktemp("deterministic"), "engine.deterministic=true") as found:
+        yield found
+
+
+@contextmanager
+def started_servers(logs: Path, *overrides: str) -> Iterator[Servers]:
     os.chdir(ROOT)
-    config = load_config(TOY, [])
+    config = load_config(TOY, list(overrides))
     endpoints = assign_endpoints(config)
-    logs = tmp_path_factory.mktemp("servers")
     roles = server_roles(config, endpoints)
     children = [start(role.name, role.argv, role.environment, logs / f"{role.name}.log") for role in roles]
     try:
@@ -37,8 +50,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         yield Servers(endpoints.rollout, endpoints.teachers["math"], endpoints.teachers["code"])
     finally:
         for child in children:
-            for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
-                process.kill()
+            with suppress(psutil.NoSuchProcess):  # one that died while it started
+                for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
+                    process.kill()
 
 
 @pytest.fixture

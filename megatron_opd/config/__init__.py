@@ -18,6 +18,7 @@ from megatron_opd.config.recipe import (
 )
 from megatron_opd.config.run import Config
 from megatron_opd.config.sections import (
+    CheckpointConfig,
     ColumnsConfig,
     DataConfig,
     EngineConfig,
@@ -35,6 +36,7 @@ from megatron_opd.config.sections import (
 __all__ = [
     "BalanceConfig",
     "CalibrationConfig",
+    "CheckpointConfig",
     "ColumnsConfig",
     "Config",
     "DataConfig",

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from megatron_opd.config.base import PositiveInt, Section
 from megatron_opd.config.recipe import BalanceConfig, CalibrationConfig, DifficultyConfig, LossConfig, ObjectiveConfig
 from megatron_opd.config.sections import (
+    CheckpointConfig,
     CoordinatorConfig,
     DataConfig,
     EngineConfig,
@@ -34,8 +35,8 @@ class Config(Section):
     """Name of the run and of its folder."""
     output: Path = Path("runs")
     """Folder that holds the runs."""
-    existing: Literal["refuse", "archive"] = "refuse"
-    """What to do with a folder of the same name: refuse to start, or move it aside under its time."""
+    existing: Literal["refuse", "archive", "resume"] = "refuse"
+    """What to do with a folder of the same name: refuse, move it aside under its time, or go on where it stopped."""
     steps: PositiveInt
     """Optimizer steps."""
     max_generated_tokens: PositiveInt | None = None
@@ -63,6 +64,7 @@ class Config(Section):
     refresh: RefreshConfig = RefreshConfig()
     evaluation: EvalConfig = EvalConfig()
     record: RecordConfig = RecordConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
 
     @model_validator(mode="after")
@@ -96,6 +98,11 @@ class Config(Section):
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output / self.name
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """Seed of all responses; None where servers would not heed it."""
+        return self.seed if self.engine.deterministic else None
 
     @property
     def world_size(self) -> int:

@@ -109,6 +109,8 @@ class EngineConfig(Section):
     """Longest wait for one answer."""
     max_concurrency: PositiveInt = 256
     """Most requests under way at one server."""
+    deterministic: bool = False
+    """Seed each response and make it independent of its batch: a run repeats to the bit. Slower."""
 
 
 class ServerConfig(Section):
@@ -248,3 +250,22 @@ class RecordConfig(Section):
 
     trajectories_every: Annotated[int, Field(ge=0)] = 1
     """Every how many steps all rollouts are kept as parquet, for ``megatron-opd audit``; 0 keeps none."""
+
+
+class CheckpointConfig(Section):
+    """What a run saves so that it can go on after a crash (docs/operations.md)."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 10
+    """Every how many steps everything is saved, and after the last one; 0 saves nothing."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept; with 1 there is none to go back to when the newest is damaged."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of every so many steps are kept for good; 0 keeps only the newest."""
+    async_save: bool = True
+    """Write while the next step goes on; the weights are copied first, which costs their size in main memory."""
+    deadline_s: PositiveFloat = 1800.0
+    """Longest time for one save; a later one is given up, told, and the run goes on without it."""
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether the state after ``step`` steps is to be saved."""
+        return self.every_steps > 0 and (last or step % self.every_steps == 0)

@@ -2,7 +2,7 @@
 
 GET  /health                       200, no token needed
 GET  /metrics                      plain counters, no token needed
-GET  /v1/batch/{version}/{rank}    200 safetensors bytes | 204 not there yet, ask again
+GET  /v1/batch/{version}/{rank}    200 safetensors bytes, none when the run is over | 204 not there yet, ask again
 POST /v1/refreshed                 a RefreshReport
 """
 
@@ -24,12 +24,21 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class BatchBoard:
-    """Where the loop leaves batches and waits for weights; where HTTP requests find and report them."""
+    """Where the loop leaves batches and waits for weights; where HTTP requests find and report them.
 
-    def __init__(self) -> None:
+    ``first``: version of the weights that the trainer starts with.
+    """
+
+    def __init__(self, first: int = 0) -> None:
         self._changed = asyncio.Condition()
         self._bodies: dict[int, list[bytes]] = {}
+        self._first, self._over = first, False
         self.reports: list[RefreshReport] = []  # one for each version, in order
+
+    @property
+    def expected(self) -> int:
+        """Version of the next report."""
+        return self._first + len(self.reports)
 
     async def publish(self, version: int, bodies: list[bytes]) -> None:
         """Offer the encoded batches of all data-parallel ranks; those of earlier versions are let go."""
@@ -37,19 +46,28 @@ class BatchBoard:
             self._bodies = {version: bodies}
             self._changed.notify_all()
 
+    async def end(self) -> None:
+        """There will be no further batch: whoever asks for one is told so."""
+        async with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
     async def batch(self, version: int, rank: int, wait_s: float) -> bytes | None:
-        """The batch of a rank as soon as it is there, or None after ``wait_s``. Raises IndexError for no such rank."""
+        """The batch of a rank as soon as it is there, or None after ``wait_s``; empty when the run is over.
+
+        Raises IndexError for no such rank.
+        """
         try:
             async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(lambda: version in self._bodies), wait_s)
-                return self._bodies[version][rank]
+                await asyncio.wait_for(self._changed.wait_for(lambda: version in self._bodies or self._over), wait_s)
+                return self._bodies[version][rank] if version in self._bodies else b""
         except TimeoutError:
             return None
 
     async def refreshed(self, report: RefreshReport) -> bool:
         """Take a report; False when it is not the next version's."""
         async with self._changed:
-            if report.version != len(self.reports):
+            if report.version != self.expected:
                 return False
             self.reports.append(report)
             self._changed.notify_all()
@@ -58,8 +76,8 @@ class BatchBoard:
     async def live(self, version: int) -> RefreshReport:
         """Wait until the weights of ``version`` are in the rollout engine."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self.reports) > version)
-            return self.reports[version]
+            await self._changed.wait_for(lambda: self.expected > version)
+            return self.reports[version - self._first]
 
 
 def make_app(board: BatchBoard, token: str) -> web.Application:
@@ -76,7 +94,7 @@ def make_app(board: BatchBoard, token: str) -> web.Application:
         return web.Response(text="ok")
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text=f"opd_weight_versions_total {len(board.reports)}\n")
+        return web.Response(text=f"opd_weight_versions_total {board.expected}\n")
 
     async def batch(request: web.Request) -> web.Response:
         version, rank = int(request.match_info["version"]), int(request.match_info["rank"])
@@ -92,8 +110,7 @@ def make_app(board: BatchBoard, token: str) -> web.Application:
         except ValidationError as error:
             return web.json_response({"error": str(error)}, status=400)
         if not await board.refreshed(report):
-            expected = len(board.reports)
-            return web.json_response({"error": f"version {report.version} instead of {expected}"}, status=409)
+            return web.json_response({"error": f"version {report.version} instead of {board.expected}"}, status=409)
         return web.json_response({})
 
     app = web.Application(middlewares=[guard], client_max_size=MAX_REPORT_BYTES)

@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_opd.config import Config
 from megatron_opd.coordinator.app import BatchBoard
-from megatron_opd.coordinator.evaluate import Accuracy, Graded, accuracies, evaluate
+from megatron_opd.coordinator.evaluate import Graded, accuracies, evaluate
 from megatron_opd.coordinator.metrics import step_metrics
 from megatron_opd.coordinator.stages import Stages, StepRollouts, check_dropped_share, drop_reasons
+from megatron_opd.coordinator.state import Progress, write
 from megatron_opd.data.pass_rates import write_pass_rates
 from megatron_opd.data.stream import PromptStream
 from megatron_opd.engines.rollout import RolloutEngine
@@ -33,18 +34,8 @@ from megatron_opd.runtime.wire import encode
 
 
 @dataclass
-class Totals:
-    """Tokens since the start."""
-
-    generated: int = 0  # for training and evaluation
-    sampled: int = 0  # for training alone
-    scored: int = 0
-    trained: int = 0
-
-
-@dataclass
 class Loop:
-    """One run, from the first evaluation to the last."""
+    """One run, from the first evaluation, or from where ``progress`` says, to the last evaluation."""
 
     config: Config
     stages: Stages
@@ -56,47 +47,59 @@ class Loop:
     board: BatchBoard
     recorder: Recorder
     run_directory: RunDirectory
-    groups: int = 0  # of rollouts, over all steps: the number of the next one
-    totals: Totals = field(default_factory=Totals)
-    evaluations: dict[str, dict[str, Accuracy]] = field(default_factory=dict)
+    prompts: str  # fingerprint of those in ``stream``
+    progress: Progress = field(default_factory=Progress)
+    began: float = field(default_factory=time.time)  # of this process; progress.wall_s is the time before
 
     async def run(self) -> None:
         """Drive the run to its end."""
-        start = await self.board.live(0)
+        first = self.progress.step
+        start = await self.board.live(first)
+        self.progress.refreshes.add(start)
         self.recorder.event("live", **start.model_dump())
-        if self.config.evaluation.before:
+        if first == 0 and self.config.evaluation.before:
             await self._evaluate("before", with_teachers=self.config.evaluation.teachers)
-        step, last = 0, False
-        while not last:
-            last = await self._step(step)
-            step += 1
+        while not self._is_over():
+            await self._step(self.progress.step)
+        await self.board.end()
         await self._evaluate("after", with_teachers=False)
 
-    async def _step(self, step: int) -> bool:
-        """One optimizer step; true when it was the last."""
+    def now(self) -> Progress:
+        """How far the run is, with the time that it has taken."""
+        return replace(self.progress, wall_s=self.progress.wall_s + time.time() - self.began)
+
+    async def _step(self, step: int) -> None:
+        """One optimizer step, and what must be remembered of it when it is to be saved."""
         began = time.monotonic()
-        rollouts = await self.stages.collect(self.stream.take, version=step, first_group=self.groups)
-        self.groups += self.config.rollout.prompts_per_step + rollouts.refills
+        rollouts = await self.stages.collect(self.stream.take, version=step, first_group=self.progress.groups)
+        self.progress.groups += self.config.rollout.prompts_per_step + rollouts.refills
         self._check_dropped(rollouts, step)
         objective = step_objective(rollouts.scored, np.array(rollouts.balanced, dtype=bool), self.config, step)
         self._count(rollouts, objective)
-        last = self._is_last(step)
+        self.progress.step = step + 1
+        last = self._is_over()
         shape = (self.config.student.row_tokens, self.config.student.data_parallel, self.attention_length)
         batches = pack(objective.samples, *shape, version=step, last=last)
         offered = time.monotonic()
         await self.board.publish(step, [encode(batch) for batch in batches])
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
         report = await self.board.live(step + 1)
+        self.progress.refreshes.add(report)
         spent = time.monotonic() - began
         scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
         times = {"time/collect_s": offered - began, "time/step_s": spent, "perf/tokens_per_s": scored / spent}
         metrics = step_metrics(rollouts, objective, report) | pack_metrics(batches, shape[0], self.attention_length)
         self.recorder.step(step + 1, metrics | times)
-        return last
+        if self.config.checkpoint.due(step + 1, last=last):
+            # After the step's line and rollouts are on disk: a checkpoint that is whole has everything before it.
+            folder = self.run_directory.checkpoints.coordinator_state(step + 1)
+            await asyncio.to_thread(write, folder, self.now(), self.stream.state(), self.prompts)
 
-    def _is_last(self, step: int) -> bool:
+    def _is_over(self) -> bool:
+        """Whether the steps done so far are all."""
         limit = self.config.max_generated_tokens
-        return step + 1 == self.config.steps or (limit is not None and self.totals.sampled >= limit)
+        enough = limit is not None and self.progress.totals.sampled >= limit
+        return enough or self.progress.step >= self.config.steps
 
     def _check_dropped(self, rollouts: StepRollouts, step: int) -> None:
         dropped = [drop for _, drop in rollouts.dropped]
@@ -108,10 +111,10 @@ class Loop:
     def _count(self, rollouts: StepRollouts, objective: StepObjective) -> None:
         """Add the step to the totals, and its outcomes to what is known of the prompts."""
         sampled = sum(len(item.rollout.token_ids) for item in rollouts.verified)
-        self.totals.generated += sampled
-        self.totals.sampled += sampled
-        self.totals.scored += sum(len(item.teacher_logprobs) for item in rollouts.scored)
-        self.totals.trained += sum(int((sample.weights > 0).sum()) for sample in objective.samples)
+        self.progress.totals.generated += sampled
+        self.progress.totals.sampled += sampled
+        self.progress.totals.scored += sum(len(item.teacher_logprobs) for item in rollouts.scored)
+        self.progress.totals.trained += sum(int((sample.weights > 0).sum()) for sample in objective.samples)
         self.stream.observe([(item.rollout.prompt.id, item.outcome) for item in rollouts.verified])
 
     async def _keep_trajectories(self, step: int, rollouts: StepRollouts, objective: StepObjective) -> None:
@@ -157,13 +160,13 @@ class Loop:
         for name, graded in results.items():
             found = accuracies(graded)
             kind = when if name == when else "teacher"
-            self.evaluations[kind] = self.evaluations.get(kind, {}) | found
+            self.progress.evaluations[kind] = self.progress.evaluations.get(kind, {}) | found
             shares = {domain: accuracy.value for domain, accuracy in found.items()}
             self.recorder.event("evaluated", when=name, accuracy=shares)
 
     async def _grade(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Graded]:
         graded = await evaluate(engine, self.stages.verifiers, prompts, self.config)
-        self.totals.generated += sum(item.tokens for item in graded)
+        self.progress.totals.generated += sum(item.tokens for item in graded)
         return graded
 
     def _write_evaluation(self, when: str, graded: Sequence[Graded]) -> None:

@@ -6,30 +6,32 @@ from dataclasses import asdict
 
 from megatron_opd.config import Config
 from megatron_opd.coordinator.evaluate import Accuracy
-from megatron_opd.coordinator.loop import Totals
+from megatron_opd.coordinator.state import Progress
 from megatron_opd.runtime.messages import RefreshReport
 
 Evaluations = dict[str, dict[str, Accuracy]]
 
 
-def summary(
-    config: Config, evaluations: Evaluations, totals: Totals, reports: list[RefreshReport], engine: dict, wall_s: float
-) -> dict:
-    """Accuracies, sizes and times; ``engine`` is the rollout server's own account of itself."""
+def summary(config: Config, progress: Progress, reports: list[RefreshReport], engine: dict) -> dict:
+    """Accuracies, sizes and times of the whole run, however often it was started.
+
+    reports: those since the last start; engine: the rollout server's own account of itself.
+    """
+    refreshes = progress.refreshes
     return {
         "name": config.name,
         "seed": config.seed,
-        "steps": len(reports) - 1,
-        "wall_s": round(wall_s, 1),
-        "eval": _evaluations(evaluations),
-        "tokens": asdict(totals),
+        "steps": progress.step,
+        "wall_s": round(progress.wall_s, 1),
+        "eval": _evaluations(progress.evaluations),
+        "tokens": asdict(progress.totals),
         "engine": {"name": "sglang", "version": engine["version"]},
         "student": reports[0].info.model_dump(),
         "refresh": {
             "mode": config.refresh.mode,
-            "seconds_per_step": sum(report.refresh_s for report in reports) / len(reports),
+            "seconds_per_step": refreshes.seconds / refreshes.count,
             "bytes_per_step": reports[-1].refresh_bytes,
-            "max_probe_difference": max(report.probe_difference for report in reports),
+            "max_probe_difference": refreshes.max_probe_difference,
         },
     }
 

@@ -49,7 +49,7 @@ async def sample_all(
                 console.attached(url)
                 await wait_until_ready(f"{client.url}/ready", limits.start_timeout_s)
                 await _note_another_model(client, config, console)
-            engine = RolloutEngine(client, tokenizer, config.scoring.attempts)
+            engine = RolloutEngine(client, tokenizer, config.scoring.attempts, seed=config.sampling_seed)
             todo = iter([prompt for prompt in prompts if prompt.id not in journal.done])
             jobs = [
                 _work(config, todo, engine, verifiers, journal, console) for _ in range(config.difficulty.concurrency)

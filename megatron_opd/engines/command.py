@@ -49,7 +49,10 @@ def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: st
         "--enable-metrics",
         *("--grammar-backend", "none"),
     ]
+    argv += ["--enable-deterministic-inference"] if engine.deterministic else []
     if resolve_device(engine.device) == "cpu":
+        # In one piece: where a prompt is cut depends on the others of the batch, and cutting changes the rounding.
+        argv += ["--chunked-prefill-size", "-1"] if engine.deterministic else []
         argv += [
             *("--device", "cpu", "--attention-backend", "torch_native"),
             *("--mem-fraction-static", "0.1"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_opd.engines.sglang import Generation, Sampling, SGLangClient
@@ -15,16 +18,23 @@ if TYPE_CHECKING:
 class RolloutEngine:
     """Samples a model behind ``client``; ``tokenizer`` only decodes, prompts come as token ids.
 
-    ``top_ids``: most likely ids that are fetched in the place of each token; 0 fetches none.
+    ``top_ids``: most likely ids that are fetched in the place of each token; 0 fetches none. ``seed``: of all
+    responses, which then depend on nothing but the weights; needs a server in deterministic mode. None: no seeds.
     """
 
     def __init__(
-        self, client: SGLangClient, tokenizer: PreTrainedTokenizerBase, attempts: int, top_ids: int = 0
+        self,
+        client: SGLangClient,
+        tokenizer: PreTrainedTokenizerBase,
+        attempts: int,
+        top_ids: int = 0,
+        seed: int | None = None,
     ) -> None:
         self.client = client
         self._tokenizer = tokenizer
         self._attempts = attempts
         self._top_ids = top_ids
+        self._seed = seed
 
     async def sample_group(
         self,
@@ -39,10 +49,18 @@ class RolloutEngine:
     ) -> list[Rollout]:
         """``samples`` rollouts of ``prompt``, all tried again when the server fails. Raises EngineError."""
         sampling = Sampling(max_new_tokens, temperature, (self._tokenizer.eos_token_id,), top_p, top_k)
-        generations = await with_retries(
+        if self._seed is None:
+            generations = await self._generate(prompt, samples, sampling)
+        else:  # the responses of one request would share its seed
+            seeds = [response_seed(self._seed, prompt.id, group, number) for number in range(samples)]
+            single = [self._generate(prompt, 1, replace(sampling, seed=seed)) for seed in seeds]
+            generations = [generation for part in await asyncio.gather(*single) for generation in part]
+        return [self._rollout(prompt, group, generation) for generation in generations]
+
+    async def _generate(self, prompt: Prompt, samples: int, sampling: Sampling) -> list[Generation]:
+        return await with_retries(
             self._attempts, lambda: self.client.generate(prompt.token_ids, samples, sampling, self._top_ids)
         )
-        return [self._rollout(prompt, group, generation) for generation in generations]
 
     def _rollout(self, prompt: Prompt, group: int, generation: Generation) -> Rollout:
         return Rollout(
@@ -55,3 +73,9 @@ class RolloutEngine:
             text=self._tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True),
             top_ids=generation.top_ids,
         )
+
+
+def response_seed(seed: int, prompt_id: str, group: int, number: int) -> int:
+    """The seed of one response of a run: 63 bits of a hash of the run's seed, prompt, group and number in the group."""
+    name = f"{seed}/{group}/{number}/{prompt_id}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1

@@ -24,6 +24,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
     top_p: float = 1.0  # nucleus; the log-probs that come back are those of the whole distribution all the same
     top_k: int | None = None  # most likely tokens to draw from; None: all
+    seed: int | None = None  # of the response, 0 .. 2**63 - 1; only a server in deterministic mode heeds it
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,10 @@ class SGLangClient:
         """Launch arguments and release of the server."""
         return await self._get("/server_info")
 
+    async def is_deterministic(self) -> bool:
+        """Whether the server was started in deterministic mode."""
+        return bool((await self.server_info()).get("enable_deterministic_inference", False))
+
     async def weight_version(self) -> str:
         """The server's current weight version; "default" before the first refresh."""
         return (await self._get("/model_info"))["weight_version"]
@@ -89,6 +94,8 @@ class SGLangClient:
             },
             "return_logprob": True,
         }
+        if sampling.seed is not None:
+            body["sampling_params"]["sampling_seed"] = sampling.seed
         if top_ids:
             body["top_logprobs_num"] = top_ids
         answer = await self._post("/generate", body)

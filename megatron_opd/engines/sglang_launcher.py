@@ -4,7 +4,9 @@
 
 With ``--device cpu`` it stands in for three things that SGLang 0.5.21 expects and a CPU-only environment lacks: the
 compiled ``sgl_kernel`` package (only its entry points are named; the pure torch paths do the work), Triton, and the
-operator library of torchvision, whose wheel is a CUDA build. On a GPU nothing is touched.
+operator library of torchvision, whose wheel is a CUDA build. With ``--enable-deterministic-inference`` as well it also
+stands in for SGLang's kernels of that mode, which are written in Triton: matrix products whose rows do not depend on
+the other rows of the batch, and the hash behind seeded sampling. On a GPU nothing is touched.
 """
 
 import ctypes
@@ -17,6 +19,8 @@ import sys
 import types
 
 PR_SET_PDEATHSIG = 1
+TILE = 32  # rows of one matrix product in the deterministic mode
+LOW_32 = 0xFFFFFFFF
 
 
 def die_with_parent() -> None:
@@ -92,10 +96,80 @@ def prepare_cpu() -> object:
     return library
 
 
+def murmur_hash32(seeds, positions, columns):
+    """SGLang's hash of 64-bit seed, position and column, [n], [n], [m] -> [n, m] uint32: four blocks of 32 bits."""
+    import torch
+
+    def rotate(value, bits):
+        return ((value << bits) | (value >> (32 - bits))) & LOW_32
+
+    seeds, positions, columns = (tensor.to(torch.int64) for tensor in (seeds, positions, columns))
+    hashed = torch.zeros((), dtype=torch.int64)
+    for block in (seeds[:, None] & LOW_32, (seeds[:, None] >> 32) & LOW_32, positions[:, None], columns[None, :]):
+        mixed = rotate(times(block & LOW_32, 0xCC9E2D51), 15)
+        hashed = rotate(hashed ^ times(mixed, 0x1B873593), 13)
+        hashed = (hashed * 5 + 0xE6546B64) & LOW_32
+    hashed = hashed ^ 16
+    hashed = times(hashed ^ (hashed >> 16), 0x85EBCA6B)
+    hashed = times(hashed ^ (hashed >> 13), 0xC2B2AE35)
+    return (hashed ^ (hashed >> 16)).to(torch.uint32)
+
+
+def times(value, factor: int):
+    """Product modulo 2**32 of numbers below 2**32, in int64 without overflow."""
+    return ((value >> 16) * factor % (1 << 16) * (1 << 16) + (value & 0xFFFF) * factor) & LOW_32
+
+
+def multiply_in_tiles() -> None:
+    """Make each row of a matrix product independent of how many others are in the batch.
+
+    The library picks its kernel by the number of rows, and kernels round differently. So every product gets the same
+    number of rows, the last one filled up with zeros. Cost: up to 32 times the arithmetic of a single row.
+    """
+    import torch
+    from torch.nn import functional
+
+    linear, matmul = functional.linear, torch.matmul
+
+    def in_tiles(product, rows):
+        flat = rows.reshape(-1, rows.shape[-1])
+        padded = functional.pad(flat, (0, 0, 0, -len(flat) % TILE))
+        results = torch.cat([product(tile) for tile in padded.split(TILE)])[: len(flat)]
+        return results.reshape(*rows.shape[:-1], results.shape[-1])
+
+    def tiled_linear(rows, weight, bias=None):
+        return in_tiles(lambda tile: linear(tile, weight, bias), rows) if len(rows) else linear(rows, weight, bias)
+
+    def tiled_matmul(rows, other, *, out=None):
+        if out is not None or other.dim() != 2 or rows.dim() < 2 or not len(rows):
+            return matmul(rows, other, out=out) if out is not None else matmul(rows, other)
+        return in_tiles(lambda tile: matmul(tile, other), rows)
+
+    functional.linear, torch.matmul = tiled_linear, tiled_matmul
+
+
+def prepare_deterministic_cpu() -> object:
+    """What ``--enable-deterministic-inference`` needs on a CPU. Keep the returned library alive."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the sampler is compiled otherwise, which needs a C++ compiler
+    import torch
+
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
+    library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+    multiply_in_tiles()
+    from sglang.srt import batch_invariant_ops
+    from sglang.srt.arg_groups import choices
+
+    choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append("torch_native")  # attends to each sequence on its own
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *_: None
+    return library
+
+
 # SGLang spawns its scheduler and detokenizer, which import this file again before they import SGLang:
 # the stand-ins must be made in them too, hence not under the guard below.
 _on_cpu = "--device" in sys.argv and sys.argv[sys.argv.index("--device") + 1] == "cpu"
 _operators = prepare_cpu() if _on_cpu else None
+_deterministic = prepare_deterministic_cpu() if _on_cpu and "--enable-deterministic-inference" in sys.argv else None
 
 if __name__ == "__main__":
     die_with_parent()

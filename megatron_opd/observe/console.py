@@ -19,6 +19,7 @@ from rich.table import Table
 
 from megatron_opd import __version__
 from megatron_opd.config import Config, StudentConfig
+from megatron_opd.errors import OpdError
 from megatron_opd.observe.recorder import follow
 from megatron_opd.runtime.rundir import RunDirectory
 
@@ -103,6 +104,17 @@ class RunConsole(ProgressConsole):
         self._say(f"  logs      tail -F {run.logs.absolute()}/*.log")
         self._task = self._progress.add_task("starting", total=config.steps)
 
+    def resumed(self, step: int, damaged: list[OpdError], aside: Path | None, *, finished: bool) -> None:
+        """From where a run goes on, and what became of the rest."""
+        for error in damaged:
+            self._console.print(f"warning: a checkpoint is damaged: {error}", style="yellow", markup=False)
+        if finished:
+            self._say(f"the run had finished after {step} steps; set steps=... higher to go on")
+            return
+        self._say(f"going on after step {step}" if step else "there is no checkpoint yet: starting from step 0")
+        if aside is not None:
+            self._say(f"what was done after it was moved to {aside.absolute()}")
+
     def show(self, events: TextIO) -> None:
         """Print what was recorded since the last call."""
         for event in follow(events):
@@ -117,6 +129,10 @@ class RunConsole(ProgressConsole):
                     self._describe("training")
                 case "dropped":
                     self._say(f"step {event['step']}: dropped rollouts: {'; '.join(event['reasons'])}")
+                case "checkpoint":
+                    self._say(_checkpoint_line(event))
+                case "checkpoint_failed":
+                    self._console.print(f"warning: {event['error']}", style="yellow", markup=False)
                 case "step":
                     self._say(_step_line(event["step"], self._steps, event["metrics"]))
                     if self._task is not None:
@@ -139,6 +155,13 @@ def _live(event: dict) -> str:
     return (
         f"student is ready: {info['backend']} layers on {info['device']} ({info['backend_reason']}); "
         f"its log-probs and the engine's agree to {event['probe_difference']:.1g}"
+    )
+
+
+def _checkpoint_line(event: dict) -> str:
+    return (
+        f"checkpoint of step {event['step']}: {event['bytes'] / 1e6:.1f} MB in {event['seconds']:.1f} s, "
+        f"of which training waited {event['waited_s']:.1f} s"
     )
 
 

@@ -23,5 +23,5 @@ def run_role(name: str, work: Callable[[RunDirectory], Awaitable[None]]) -> None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_opd").setLevel(logging.INFO)
     run = RunDirectory(Path(sys.argv[1]))
-    with tell_failures(name, Recorder(run.events, run.metrics)):
+    with run.present(), tell_failures(name, Recorder(run.events, run.metrics)):
         asyncio.run(work(run))

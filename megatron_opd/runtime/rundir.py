@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from omegaconf import OmegaConf
 
 from megatron_opd.config import Config, parse_config
 from megatron_opd.errors import ConfigError
+from megatron_opd.runtime.checkpoints import CheckpointFolder
 
 
 @dataclass(frozen=True)
@@ -73,36 +79,114 @@ class RunDirectory:
         """The trained student as a Hugging Face checkpoint."""
         return self.path / "student_hf"
 
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints")
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def superseded(self) -> Path:
+        """What a resumed run wound back: a folder for each time."""
+        return self.path / "superseded"
+
     @classmethod
     def create(cls, config: Config, endpoints: Endpoints) -> RunDirectory:
         """Make the folder and write the resolved config.
 
-        Raises ConfigError when it exists and ``existing`` is "refuse".
+        Raises ConfigError when it exists and ``existing`` is not "archive".
         """
         path = config.run_dir
         if path.exists():
-            if config.existing == "refuse":
+            if config.existing != "archive":
                 raise ConfigError(
                     "The run's folder exists already",
                     where=path.absolute(),
-                    fix="choose another name=..., or existing=archive to move the old one aside",
+                    fix="choose another name=..., existing=archive to move the old one aside, "
+                    "or existing=resume to go on where it stopped",
                 )
             path.rename(_aside(path))
         run = cls(path)
-        run.logs.mkdir(parents=True)
-        run.trajectories.mkdir()
-        OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path / "config.yaml")
-        (path / "endpoints.json").write_text(json.dumps(asdict(endpoints), indent=2) + "\n")
-        run.events.touch()
+        path.mkdir(parents=True)
+        run.start(config, endpoints, 0)
         return run
+
+    def start(self, config: Config, endpoints: Endpoints, step: int) -> None:
+        """Write what the run's processes read: it starts, or goes on, with the weights after ``step`` steps."""
+        for folder in (self.logs, self.trajectories, self.checkpoints.path):
+            folder.mkdir(exist_ok=True)
+        self.events.touch()
+        if not self._identity.is_file():
+            self._replace(self._identity, json.dumps({"id": secrets.token_hex(8), "created": time.time()}))
+        self._replace(self.path / "endpoints.json", json.dumps(asdict(endpoints), indent=2))
+        self._replace(self.path / "start.json", json.dumps({"step": step}))
+        self._replace(self.config_file, OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+    @contextmanager
+    def occupied(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Keep the folder to this process and those that it starts, which are ``present``.
+
+        Raises ConfigError when after ``wait_s`` another run's process is still there.
+        """
+        deadline = time.monotonic() + wait_s
+        with self._lock.open("a") as file:
+            while not _try_to_lock(file):
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        "A process still works in the run's folder",
+                        where=self.path.absolute(),
+                        fix="stop the run, or wait for its end",
+                    )
+                time.sleep(0.2)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """What a process of the run does inside this block may touch the folder."""
+        with self._lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def start_step(self) -> int:
+        """Optimizer steps behind the weights that the run starts with; 0: those of the model's folder."""
+        return json.loads((self.path / "start.json").read_text())["step"]
+
+    def identity(self) -> str:
+        """The run's id: made with the folder, the same however often it is resumed."""
+        return json.loads(self._identity.read_text())["id"]
 
     def config(self) -> Config:
         """The resolved config of the run."""
-        file = self.path / "config.yaml"
-        return parse_config(OmegaConf.to_container(OmegaConf.load(file)), where=str(file))
+        return parse_config(OmegaConf.to_container(OmegaConf.load(self.config_file)), where=str(self.config_file))
 
     def endpoints(self) -> Endpoints:
         return Endpoints(**json.loads((self.path / "endpoints.json").read_text()))
+
+    @property
+    def _identity(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        """Write a file so that a reader sees all of it or the old one."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text.rstrip("\n") + "\n")
+        temporary.rename(path)
+
+
+def _try_to_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _aside(path: Path) -> Path:

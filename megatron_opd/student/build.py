@@ -220,7 +220,7 @@ def _wrap(chunks: list[GPTModel], bridge: Bridge, student: StudentConfig) -> lis
     """Give each chunk its buffers of gradients, and tell the schedule when to start reducing them."""
     settings = {
         "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": student.copies > 1,
+        "use_distributed_optimizer": True,  # with one copy too: a checkpoint then loads under any layout
         "overlap_grad_reduce": student.overlap_gradients,
         "overlap_param_gather": student.overlap_parameters,
     }
@@ -260,7 +260,7 @@ def _build_optimizer(
         clip_grad=options.clip_grad,
         bf16=config.student.dtype == "bfloat16",
         params_dtype=DTYPES[config.student.dtype],
-        use_distributed_optimizer=config.student.copies > 1,
+        use_distributed_optimizer=True,
         overlap_param_gather=config.student.overlap_parameters,
     )
     optimizer = get_megatron_optimizer(settings, model)

@@ -22,13 +22,16 @@ class CoordinatorClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def batch(self, version: int, data_rank: int) -> PackedBatch:
-        """Wait for the batch of a data-parallel rank, however long its rollouts take. Raises EngineError."""
+    async def batch(self, version: int, data_rank: int) -> PackedBatch | None:
+        """Wait for the batch of a data-parallel rank, however long its rollouts take; None when the run is over.
+
+        Raises EngineError.
+        """
         url = f"{self._url}/v1/batch/{version}/{data_rank}"
         while True:
             status, body = await with_retries(ATTEMPTS, lambda: fetch(self._session, "GET", url))
             if status == 200:
-                return decode(body)
+                return decode(body) if body else None
 
     async def refreshed(self, report: RefreshReport) -> None:
         """Tell that new weights are live. Raises EngineError."""

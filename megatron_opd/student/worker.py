@@ -18,6 +18,7 @@ from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.messages import RefreshReport, TrainerInfo
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.student.build import Student, build_student, init_distributed
+from megatron_opd.student.checkpoint import Saver, load_student
 from megatron_opd.student.coordinator_client import CoordinatorClient
 from megatron_opd.student.export import export_hf
 from megatron_opd.student.refresh import Refreshed, WeightRefresh
@@ -39,20 +40,27 @@ METRIC_NAMES = {
 
 async def train(run: RunDirectory) -> None:
     """Train to the last step; the rollout engine has the weights of every step before the next one begins."""
-    config, endpoints = run.config(), run.endpoints()
+    config, endpoints, start = run.config(), run.endpoints(), run.start_step()
     init_distributed(config.student, config.seed)
     student = build_student(config)
+    if start:
+        checkpoints = run.checkpoints
+        load_student(student, checkpoints.folder(start), start, checkpoints.manifest(start).layout)
+    saver = Saver(config.checkpoint, run, student)
     data_rank = parallel_state.get_data_parallel_rank()
     async with AsyncExitStack() as stack:
         coordinator = CoordinatorClient(endpoints.coordinator)
         stack.push_async_callback(coordinator.close)
         refresh = await _connect(stack, config, endpoints, student)
-        refreshed = await refresh.push(student, version=0)
-        await _report(coordinator, _report_of(refreshed, 0, info=_info(student, config)))
-        step, last = 0, False
+        refreshed = await refresh.push(student, version=start)
+        await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
+        step, last = start, False
         while not last:
             waiting = time.monotonic()
             batch = await coordinator.batch(step, data_rank)
+            if batch is None:
+                break
+            saver.poll()  # what was written while the rollouts were sampled
             training = time.monotonic()
             metrics = train_step(student, batch, config.loss)
             trained = time.monotonic()
@@ -60,6 +68,9 @@ async def train(run: RunDirectory) -> None:
             times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
             await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
             step, last = step + 1, batch.last
+            if config.checkpoint.due(step, last=last):
+                saver.begin(step)  # while the next step's rollouts are sampled
+        saver.finish()
         await refresh.close()
     export_hf(student, config.student.model, run.export)
     dist.destroy_process_group()

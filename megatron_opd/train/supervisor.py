@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from os import SEEK_END
 
 from megatron_opd.config import Config
 from megatron_opd.errors import ProcessError
 from megatron_opd.observe.console import RunConsole
-from megatron_opd.observe.recorder import read_events
+from megatron_opd.observe.recorder import Recorder, follow
 from megatron_opd.runtime.env import new_token
 from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
-from megatron_opd.runtime.rundir import RunDirectory
+from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.runtime.supervision import POLL_S, answers, death, ignore_signals, late, signals_raise
 from megatron_opd.train.preflight import preflight
+from megatron_opd.train.resume import resume
 from megatron_opd.train.roles import Role, assign_endpoints, own_roles, server_roles
 
+OLD_PROCESSES_S = 30.0  # longest wait for processes of a run that was just killed
 JOBS = ("coordinator", "student")  # these end by themselves; servers must not
 
 
@@ -28,17 +31,31 @@ def train(config: Config, console: RunConsole) -> dict:
     with signals_raise():
         preflight(config)
         endpoints = assign_endpoints(config)
-        run = RunDirectory.create(config, endpoints)
-        console.banner(config, run)
-        adopt_orphans()
-        try:
-            roles = server_roles(config, endpoints) + own_roles(run, endpoints, new_token())
-            _supervise(run, roles, config, console)
-        finally:
-            ignore_signals()  # the clean-up is not interrupted
-            console.stopping()
-            stop_all()
+        goes_on = config.existing == "resume" and config.run_dir.exists()
+        run = RunDirectory(config.run_dir) if goes_on else RunDirectory.create(config, endpoints)
+        with run.occupied(OLD_PROCESSES_S):
+            if goes_on and _resume(run, config, endpoints, console):
+                return json.loads(run.summary.read_text())
+            console.banner(config, run)
+            adopt_orphans()
+            try:
+                roles = server_roles(config, endpoints) + own_roles(run, endpoints, new_token())
+                _supervise(run, roles, config, console)
+            finally:
+                ignore_signals()  # the clean-up is not interrupted
+                console.stopping()
+                stop_all()
     return json.loads(run.summary.read_text())
+
+
+def _resume(run: RunDirectory, config: Config, endpoints: Endpoints, console: RunConsole) -> bool:
+    """Prepare a run that stopped for going on; true when it had finished."""
+    resumed = resume(run, config, endpoints)
+    console.resumed(resumed.step, resumed.damaged, resumed.aside, finished=resumed.finished)
+    if not resumed.finished:
+        damaged = [str(error) for error in resumed.damaged]
+        Recorder(run.events, run.metrics).event("resumed", step=resumed.step, damaged=damaged)
+    return resumed.finished
 
 
 def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: RunConsole) -> None:
@@ -48,13 +65,14 @@ def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: Ru
     starting = {role.name: role.ready_url for role in roles if role.ready_url}
     working = set(JOBS)
     with run.events.open() as events:
+        before = events.seek(0, SEEK_END)  # a resumed run has told these already
         while working:
             console.show(events)
             ended = [child for child in children if child.returncode is not None]
             finished = {child.name for child in ended if child.name in JOBS and child.returncode == 0}
             failed = [child for child in ended if child.name not in finished]
             if failed:
-                raise _death(failed, run)
+                raise _death(failed, run, before)
             working -= finished
             for name in [name for name, url in starting.items() if name in finished or answers(url)]:
                 del starting[name]
@@ -65,9 +83,14 @@ def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: Ru
         console.show(events)
 
 
-def _death(failed: list[Child], run: RunDirectory) -> ProcessError:
-    """The error to show: a dead server's, since the others only suffer from it; else of the one that could tell it."""
-    said = {event["role"]: event["error"] for event in read_events(run.events) if event["event"] == "failed"}
+def _death(failed: list[Child], run: RunDirectory, before: int) -> ProcessError:
+    """The error to show: a dead server's, since the others only suffer from it; else of the one that could tell it.
+
+    before: where this start's events begin in the file.
+    """
+    with run.events.open() as file:
+        file.seek(before)
+        said = {event["role"]: event["error"] for event in follow(file) if event["event"] == "failed"}
     child = min(failed, key=lambda child: (child.name in JOBS, child.name not in said))
     if child.name in said:
         return ProcessError(f"{child.name} stopped the run: {said[child.name]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,27 @@ class Run:
         while event not in [e["event"] for e in self.events()]:
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.1)
+
+    def wait_for_step(self, step: int, limit_s: float = START_LIMIT_S) -> None:
+        """Wait until the line of that step was written."""
+        deadline = time.monotonic() + limit_s
+        while step not in self.steps():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+    def steps(self) -> list[int]:
+        """The steps that have a line."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+    def kill_everything(self) -> None:
+        """kill -9 for the supervisor and every process below it, as when a machine goes down."""
+        family = [psutil.Process(self.process.pid), *self.family().values()]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(GONE_LIMIT_S)
 
     def family(self) -> dict[str, psutil.Process]:
         """Every process of the run, by its command line; the supervisor is not among them."""

@@ -72,3 +72,16 @@ async def test_a_huge_body_is_refused(served) -> None:
     _, client = served
     answer = await client.post("/v1/refreshed", headers=AUTH, data=b"x" * (app_module.MAX_REPORT_BYTES + 1))
     assert answer.status == 413
+
+
+async def test_a_resumed_run_counts_on_and_an_ended_one_has_no_further_batch() -> None:
+    board = BatchBoard(first=4)
+    async with TestClient(TestServer(make_app(board, "secret"))) as client:
+        assert (await client.post("/v1/refreshed", headers=AUTH, json=report(0))).status == 409
+        assert (await client.post("/v1/refreshed", headers=AUTH, json=report(4))).status == 200
+        assert (await board.live(4)).version == 4 and board.expected == 5
+        request = asyncio.create_task(client.get("/v1/batch/5/0", headers=AUTH))
+        await asyncio.sleep(0.05)
+        await board.end()
+        answer = await request
+        assert answer.status == 200 and await answer.read() == b""

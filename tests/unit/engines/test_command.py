@@ -34,6 +34,15 @@ def test_the_command_line_on_a_gpu() -> None:
     assert "--device" not in argv
 
 
+def test_the_deterministic_mode() -> None:
+    for device, added in (("cpu", " --chunked-prefill-size -1"), ("cuda", "")):
+        plain, steady = (
+            " ".join(server_argv(EngineConfig(device=device, deterministic=on), ServerConfig(), Path("m"), URL, seed=0))
+            for on in (False, True)
+        )
+        assert steady.replace(f" --enable-deterministic-inference{added}", "") == plain != steady
+
+
 @pytest.mark.parametrize(("present", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_auto_takes_a_gpu_when_there_is_one(monkeypatch, present: bool, expected: str) -> None:
     monkeypatch.setattr(command, "gpu_present", lambda: present)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,21 @@ def test_or_moved_aside_as_often_as_needed(tmp_path: Path) -> None:
         (run.path / "mark").write_text(str(number))
     marks = sorted(path.read_text() for path in tmp_path.glob("*/mark"))
     assert marks == ["0", "1", "2"] and (tmp_path / "toy" / "mark").read_text() == "2"
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    run = RunDirectory.create(config(tmp_path, "refuse"), ENDPOINTS)
+    code = (
+        "import sys, time; from pathlib import Path; from megatron_opd.runtime.rundir import RunDirectory\n"
+        f"with RunDirectory(Path({str(run.path)!r})).present(): print('here', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "here\n"
+        with pytest.raises(ConfigError, match="A process still works in the run's folder"), run.occupied():
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with run.occupied(wait_s=5), run.present():  # a killed process leaves nothing behind
+        pass

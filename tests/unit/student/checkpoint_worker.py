@@ -1,0 +1,164 @@
+"""One rank of the checkpoint tests: trains, saves, goes on, then loads what every layout saved and goes on from there.
+
+Usage: torchrun ... checkpoint_worker.py WORK_FOLDER LAYOUT '{"tensor_parallel": 2, ...}' '["tp1", "tp2", ...]'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from student_case import denominator_of, make_config, pack
+from student_worker import exported, splits
+
+from megatron_opd.config import CheckpointConfig, Config, LossConfig
+from megatron_opd.observe.recorder import read_events
+from megatron_opd.runtime.rundir import Endpoints, RunDirectory
+from megatron_opd.student import checkpoint
+from megatron_opd.student.build import Student, build_student, init_distributed
+from megatron_opd.student.step import train_step
+
+ENDPOINTS = Endpoints("http://a:1", "http://b:2", {"math": "http://c:3"}, None, "127.0.0.1", 4)
+SCHEDULE = {"schedule": "linear", "min_lr": 1e-3}
+
+
+def main() -> None:
+    work, layout, sizes, layouts = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+    config = make_config(work / "untied", **sizes)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=SCHEDULE)})
+    init_distributed(config.student, seed=dist_seed(layout), timeout_s=60)
+    samples = pickle.loads((work / "untied.samples").read_bytes())
+    run = RunDirectory(work / layout)
+    if dist.get_rank() == 0:
+        run.path.mkdir()
+        run.start(config, ENDPOINTS, 0)
+    dist.barrier()
+    result: dict[str, Any] = {"saved": save(config, run, samples)}
+    for other in layouts:
+        await_checkpoint(RunDirectory(work / other))
+        result[other] = load(config, RunDirectory(work / other), samples)
+    if dist.get_rank() == 0:
+        result["events"] = read_events(run.events)
+        (work / f"{layout}.pickle").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def dist_seed(layout: str) -> int:
+    return sum(map(ord, layout))  # another one for each layout: what is loaded must not come from it
+
+
+def save(config: Config, run: RunDirectory, samples: list) -> dict[str, Any]:
+    """Two steps, a save in the background while a third goes on, and saves that fail afterwards."""
+    student = build_student(config)
+    settings = CheckpointConfig(every_steps=1, keep_last=10, deadline_s=30)
+    for _ in range(2):
+        step(student, samples)
+    found = state(student)
+    random = torch.get_rng_state()
+    leave_coordinator_state(run, 2)
+    saver = checkpoint.Saver(settings, run, student)
+    saver.begin(2)
+    found |= {"next": step(student, samples), "after": exported(student), "random": random}
+    step(student, samples)
+    saver.finish()
+    if config.student.tensor_parallel == 2:
+        fail(settings, run, student)
+    return found
+
+
+def fail(settings: CheckpointConfig, run: RunDirectory, student: Student) -> None:
+    """A writer that fails on one rank, one that never ends, a coordinator that is gone, a folder in the way."""
+    working = checkpoint._write_bucket
+    leave_coordinator_state(run, 3)
+    if dist.get_rank() == 1:
+        checkpoint._write_bucket = disk_full
+    checkpoint.Saver(settings.model_copy(update={"async_save": False}), run, student).begin(3)
+
+    hasty = checkpoint.Saver(settings.model_copy(update={"deadline_s": 1.0}), run, student)
+    leave_coordinator_state(run, 4)
+    if dist.get_rank() == 1:
+        checkpoint._write_bucket = lambda *_: time.sleep(600)
+    hasty.begin(4)
+    hasty.finish()
+    checkpoint._write_bucket = working
+    hasty.begin(5)  # nobody leaves a coordinator's state
+    hasty.finish()
+    blocker = run.checkpoints.unfinished(6)
+    if dist.get_rank() == 0:
+        blocker.write_text("a file where the folder should be")
+    hasty.begin(6)
+    if dist.get_rank() == 0:
+        blocker.unlink()
+    leave_coordinator_state(run, 7)
+    saver = checkpoint.Saver(settings, run, student)
+    saver.begin(7)
+    saver.finish()
+
+
+def disk_full(*_: object) -> list:
+    raise OSError(28, "No space left on device")
+
+
+def leave_coordinator_state(run: RunDirectory, number: int) -> None:
+    if dist.get_rank() == 0:
+        folder = run.checkpoints.coordinator_state(number)
+        folder.mkdir()
+        (folder / "state.json").write_text(str(number))
+    dist.barrier()
+
+
+def await_checkpoint(run: RunDirectory) -> None:
+    deadline = time.monotonic() + 100
+    while 2 not in run.checkpoints.steps():
+        assert time.monotonic() < deadline, run.path
+        time.sleep(0.2)
+
+
+def load(config: Config, run: RunDirectory, samples: list) -> dict[str, Any]:
+    """A new student that goes on from the checkpoint of another layout, for two steps."""
+    student = build_student(config)
+    manifest = run.checkpoints.check(2)
+    checkpoint.load_student(student, run.checkpoints.folder(2), 2, manifest.layout)
+    found = state(student)
+    found |= {"random": torch.get_rng_state(), "layout": manifest.layout}
+    return found | {"next": step(student, samples), "after": exported(student)}
+
+
+def step(student: Student, samples: list) -> dict[str, float]:
+    rows = splits(samples)["row_each"]
+    return dataclasses.asdict(train_step(student, pack(samples, rows, denominator_of(samples)), LossConfig()))
+
+
+def state(student: Student) -> dict[str, Any]:
+    """Weights, and both moments of Adam under the names of the weights."""
+    found = {"weights": exported(student)}
+    (chunk,) = student.model
+    kept = [parameter.data.clone() for parameter in chunk.parameters()]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        for optimizer in student.optimizer.chained_optimizers:
+            put_in_place_of_weights(optimizer, moment)
+        found[moment] = exported(student)
+    for parameter, data in zip(chunk.parameters(), kept, strict=True):
+        parameter.data.copy_(data)
+    return found
+
+
+def put_in_place_of_weights(optimizer: DistributedOptimizer, moment: str) -> None:
+    gathered = optimizer.get_parameter_state_dp_zero(return_on_all_ranks=True)
+    for number, buffer in enumerate(optimizer.buffers):
+        (tensors,) = gathered[number].values()
+        for parameter, (start, end, _) in buffer.param_index_map.items():
+            parameter.data.copy_(tensors[moment][start:end].view_as(parameter))
+
+
+if __name__ == "__main__":
+    main()
