@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-# Positions and columns of a block: in cache on a CPU; large enough to fill a GPU.
+# Positions and columns of a block: in cache on a CPU, measured; large enough to fill a GPU, an estimate.
 BLOCKS = {"cpu": (1024, 512), "cuda": (4096, 8192)}
 
 
