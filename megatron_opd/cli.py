@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_opd.errors import OpdError
+
+if TYPE_CHECKING:
+    from megatron_opd.observe.console import ProgressConsole
 
 app = typer.Typer(
     name="megatron-opd",
@@ -26,20 +31,12 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Start every process of a run on this machine, watch it, and stop it all at the end."""
     from megatron_opd.config import load_config
     from megatron_opd.observe.console import RunConsole
-    from megatron_opd.runtime.supervision import StoppedBySignal
     from megatron_opd.train.supervisor import train as run_training
 
-    with RunConsole() as console:
-        try:
-            settings = load_config(config, overrides or [])
-            summary = run_training(settings, console)
-            console.result(summary, settings.run_dir)
-        except OpdError as error:
-            console.error(error)
-            raise typer.Exit(1) from None
-        except StoppedBySignal as stop:
-            console.error(stop)
-            raise typer.Exit(128 + stop.number) from None
+    with RunConsole() as console, _told(console):
+        settings = load_config(config, overrides or [])
+        summary = run_training(settings, console)
+        console.result(summary, settings.run_dir)
 
 
 @app.command()
@@ -48,17 +45,9 @@ def difficulty(config: ConfigFile, overrides: Overrides = None) -> None:
     from megatron_opd.config import load_config
     from megatron_opd.difficulty.command import estimate
     from megatron_opd.difficulty.console import DifficultyConsole
-    from megatron_opd.runtime.supervision import StoppedBySignal
 
-    with DifficultyConsole() as console:
-        try:
-            estimate(load_config(config, overrides or []), [str(config), *(overrides or [])], console)
-        except OpdError as error:
-            console.error(error)
-            raise typer.Exit(1) from None
-        except StoppedBySignal as stop:
-            console.error(stop)
-            raise typer.Exit(128 + stop.number) from None
+    with DifficultyConsole() as console, _told(console):
+        estimate(load_config(config, overrides or []), [str(config), *(overrides or [])], console)
 
 
 @app.command()
@@ -70,12 +59,8 @@ def audit(
     from megatron_opd.audit.report import audit as run_audit
     from megatron_opd.observe.console import RunConsole
 
-    try:
-        report = run_audit(run, out)
-    except OpdError as error:
-        RunConsole().error(error)
-        raise typer.Exit(1) from None
-    typer.echo("\n".join(report.lines()))
+    with _told(RunConsole()):
+        typer.echo("\n".join(run_audit(run, out).lines()))
 
 
 @app.command("config")
@@ -84,6 +69,21 @@ def show_config() -> None:
     from megatron_opd.observe.reference import config_reference
 
     typer.echo(config_reference())
+
+
+@contextmanager
+def _told(console: ProgressConsole) -> Iterator[None]:
+    """Show an error of ours, or the signal that stopped the command, and end with the exit code that belongs to it."""
+    from megatron_opd.runtime.supervision import StoppedBySignal
+
+    try:
+        yield
+    except OpdError as error:
+        console.error(error)
+        raise typer.Exit(1) from None
+    except StoppedBySignal as stop:
+        console.error(stop)
+        raise typer.Exit(128 + stop.number) from None
 
 
 def main() -> None:

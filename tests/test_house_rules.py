@@ -80,6 +80,7 @@ def test_the_recipe_does_no_io() -> None:
             "__future__",
             "collections",
             "dataclasses",
+            "heapq",
             "math",
             "typing",
             "numpy",

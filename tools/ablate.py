@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from ablation.cells import WEIGHTED, controls, grid
+from ablation.cells import WEIGHTED, controls, grid, variations
 from ablation.results import figure, mean_shift, read_run, table
 
 from megatron_opd.config import Config, load_config
@@ -77,6 +77,9 @@ def run_all(seeds: list[int], out: Path, extra: list[str]) -> None:
         shift = mean_shift(out / f"all-{seed}")
         for cell, overrides in controls(shift).items():
             train(cell, seed, [*attach, *extra, *overrides], out)
+    for seed in seeds:
+        for cell, overrides in variations().items():
+            train(cell, seed, [*attach, *extra, *overrides], out)
 
 
 def tabulate(out: Path) -> None:
@@ -85,7 +88,7 @@ def tabulate(out: Path) -> None:
     _, held_out = read_inputs(config, load_tokenizer(config.student.model))
     prompts = {prompt.id: prompt.text for prompt in held_out}
     outcomes = {}
-    for cell in [*grid(), *controls(0.0)]:
+    for cell in [*grid(), *controls(0.0), *variations()]:
         folders = sorted(out.glob(f"{cell.replace('+', '_').replace(' ', '_')}-[0-9]*"))
         runs = [read_run(folder, prompts) for folder in folders if (folder / "summary.json").is_file()]
         if runs:

@@ -70,6 +70,7 @@ async def coordinate(run: RunDirectory) -> None:
             teacher_samplers={
                 domain: RolloutEngine(teacher, tokenizer, attempts, seed=seed) for domain, teacher in clients.items()
             },
+            attention_length=12.0 * _model_fact(config.student.model, "hidden_size"),
             stream=stream,
             held_out=first_of_each_domain(held_out, config.evaluation.limit),
             board=board,
@@ -124,15 +125,16 @@ async def _check_deterministic(server: SGLangClient, config: Config) -> None:
 
 def _teachers(config: Config, clients: dict[str, SGLangClient], reference: SGLangClient | None) -> TeacherPool:
     teachers = [
-        Teacher(domain, client, _vocab_size(config.teachers[domain].model)) for domain, client in clients.items()
+        Teacher(domain, client, _model_fact(config.teachers[domain].model, "vocab_size"))
+        for domain, client in clients.items()
     ]
-    free = Teacher("reference", reference, _vocab_size(config.reference.model)) if reference else None
+    free = Teacher("reference", reference, _model_fact(config.reference.model, "vocab_size")) if reference else None
     return TeacherPool(
         teachers,
         config.scoring.attempts,
         reference=free,
         top_k=config.scoring.top_k,
-        student_vocab_size=_vocab_size(config.student.model),
+        student_vocab_size=_model_fact(config.student.model, "vocab_size"),
     )
 
 
@@ -143,8 +145,8 @@ def _stream(config: Config, prompts: list[Prompt]) -> PromptStream:
     return LazyStream(prompts, config.seed, lazy, read_pass_rates(lazy.start) if lazy.start else None)
 
 
-def _vocab_size(model: Path) -> int:
-    return json.loads((model / "config.json").read_text())["vocab_size"]
+def _model_fact(model: Path, name: str) -> int:
+    return json.loads((model / "config.json").read_text())[name]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.observe.trajectories import write_trajectories
 from megatron_opd.recipe.objective import StepObjective, step_objective
-from megatron_opd.recipe.pack import pack
+from megatron_opd.recipe.pack import pack, pack_metrics
 from megatron_opd.records import Outcome, Prompt
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.runtime.wire import encode
@@ -41,6 +41,7 @@ class Loop:
     stages: Stages
     student_sampler: RolloutEngine  # for the evaluation, as the next
     teacher_samplers: dict[str, RolloutEngine]  # by domain
+    attention_length: float  # of the student: see recipe.pack.sequence_costs
     stream: PromptStream
     held_out: Sequence[Prompt]
     board: BatchBoard
@@ -76,8 +77,9 @@ class Loop:
         objective = step_objective(rollouts.scored, np.array(rollouts.balanced, dtype=bool), self.config, step)
         self._count(rollouts, objective)
         self.progress.step = step + 1
-        last, student = self._is_over(), self.config.student
-        batches = pack(objective.samples, student.row_tokens, student.data_parallel, version=step, last=last)
+        last = self._is_over()
+        shape = (self.config.student.row_tokens, self.config.student.data_parallel, self.attention_length)
+        batches = pack(objective.samples, *shape, version=step, last=last)
         offered = time.monotonic()
         await self.board.publish(step, [encode(batch) for batch in batches])
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
@@ -86,7 +88,8 @@ class Loop:
         spent = time.monotonic() - began
         scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
         times = {"time/collect_s": offered - began, "time/step_s": spent, "perf/tokens_per_s": scored / spent}
-        self.recorder.step(step + 1, step_metrics(rollouts, objective, report) | times)
+        metrics = step_metrics(rollouts, objective, report) | pack_metrics(batches, shape[0], self.attention_length)
+        self.recorder.step(step + 1, metrics | times)
         if self.config.checkpoint.due(step + 1, last=last):
             # After the step's line and rollouts are on disk: a checkpoint that is whole has everything before it.
             folder = self.run_directory.checkpoints.coordinator_state(step + 1)

@@ -10,7 +10,7 @@ from megatron_opd.runtime.messages import RefreshReport
 
 def step_metrics(rollouts: StepRollouts, objective: StepObjective, report: RefreshReport) -> dict[str, float]:
     """Everything but the times of the whole step. Names: ``recipe.diagnostics``, docs/how_it_works.md."""
-    metrics = step_diagnostics(objective.rollouts, rollouts.verified)
+    metrics = step_diagnostics(objective.rollouts, rollouts.unscored, [item for item, _ in rollouts.dropped])
     calibration = objective.calibration
     if calibration is not None:
         metrics |= _known("calibration/margin_before", calibration.margin_before)

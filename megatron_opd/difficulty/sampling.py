@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,22 +55,24 @@ async def sample_all(
                 _work(config, todo, engine, verifiers, journal, console) for _ in range(config.difficulty.concurrency)
             ]
             console.sampling(len(journal.done), len(prompts))
-            await _all_or_first_failure(asyncio.gather(*jobs), asyncio.create_task(_until_death(server)))
+            await _all_or_first_failure(jobs, _until_death(server))
     if journal.weights != -1:
         console.note(f"{url} has refreshed weights (version {journal.weights}), not those of {config.student.model}")
 
 
-async def _all_or_first_failure(work: asyncio.Future, watch: asyncio.Task) -> None:
-    """Wait for ``work``; whatever ends first, nothing goes on afterwards."""
+async def _all_or_first_failure(work: Sequence[Coroutine], watch: Coroutine) -> None:
+    """Wait for all of ``work``, or raise the first failure of it or of ``watch``; nothing goes on afterwards."""
+    tasks, watching = [asyncio.create_task(part) for part in work], asyncio.create_task(watch)
+    together = asyncio.gather(*tasks)
     try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if watch.done():
-            watch.result()
-        work.result()
+        await asyncio.wait({together, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+        together.result()
     finally:
-        work.cancel()
-        watch.cancel()
-        await asyncio.gather(work, watch, return_exceptions=True)
+        for task in (*tasks, watching):  # not only together: a gathering that has failed no longer cancels its parts
+            task.cancel()
+        await asyncio.gather(*tasks, watching, together, return_exceptions=True)
 
 
 async def _until_death(server: Child | None) -> None:

@@ -16,10 +16,13 @@ from megatron_opd.records import Calibrated, Outcome, Verified
 REPETITION_WIDTH = 4  # tokens of the n-grams that are looked for twice
 
 
-def step_diagnostics(scored: Sequence[Calibrated], verified: Sequence[Verified]) -> dict[str, float]:
+def step_diagnostics(
+    scored: Sequence[Calibrated], unscored: Sequence[Verified], lost: Sequence[Verified]
+) -> dict[str, float]:
     """Metrics of one step, overall and by domain (suffix ``/<domain>``). A share of nothing is left out, never 0.
 
-    verified: every rollout, also those that were never scored; scored: those that a teacher scored.
+    scored: rollouts that a teacher scored; unscored: those that balancing dropped before; lost: those whose scoring
+    failed. Together they are every rollout of the step.
 
     reward/correct          share of correct among graded rollouts
     reward/unknown          share of rollouts that could not be graded
@@ -40,16 +43,27 @@ def step_diagnostics(scored: Sequence[Calibrated], verified: Sequence[Verified])
     calibration/mean_shift  mean absolute offset of graded rollouts, nats per token
     calibration/trained     share of scored rollouts that are trained on
     """
-    metrics = _metrics(scored, verified, "")
-    domains = sorted({item.rollout.prompt.domain for item in verified})
+    verified = [*(item.scored.verified for item in scored), *unscored, *lost]
+    out = [item.scored.verified for item in scored if not item.balanced]
+    metrics = _metrics(scored, verified, [*unscored, *out], "")
+    domains = sorted({_domain(item) for item in verified})
     for domain in domains if len(domains) > 1 else ():
-        own = [item for item in scored if item.scored.verified.rollout.prompt.domain == domain]
-        metrics |= _metrics(own, [item for item in verified if item.rollout.prompt.domain == domain], f"/{domain}")
+        own = [item for item in scored if _domain(item.scored.verified) == domain]
+        parts = [[item for item in part if _domain(item) == domain] for part in (verified, [*unscored, *out])]
+        metrics |= _metrics(own, *parts, f"/{domain}")
     return metrics
 
 
-def _metrics(scored: Sequence[Calibrated], verified: Sequence[Verified], suffix: str) -> dict[str, float]:
-    found = (_rollouts(verified) if verified else {}) | (_scores(scored, len(verified)) if scored else {})
+def _domain(verified: Verified) -> str:
+    return verified.rollout.prompt.domain
+
+
+def _metrics(
+    scored: Sequence[Calibrated], verified: Sequence[Verified], balanced_out: Sequence[Verified], suffix: str
+) -> dict[str, float]:
+    found = _rollouts(verified) if verified else {}
+    found |= {"balance/kept": 1.0 - len(balanced_out) / len(verified)} if verified else {}
+    found |= _scores(scored) if scored else {}
     return {name + suffix: float(value) for name, value in found.items() if value is not None}
 
 
@@ -67,7 +81,7 @@ def _rollouts(verified: Sequence[Verified]) -> dict[str, float | None]:
     }
 
 
-def _scores(scored: Sequence[Calibrated], sampled: int) -> dict[str, float | None]:
+def _scores(scored: Sequence[Calibrated]) -> dict[str, float | None]:
     gaps = np.concatenate([item.gaps for item in scored])
     mask = np.concatenate([item.mask for item in scored])
     overlaps = [item.topk_overlap for item in scored if item.topk_overlap is not None]
@@ -77,7 +91,6 @@ def _scores(scored: Sequence[Calibrated], sampled: int) -> dict[str, float | Non
     offsets = np.abs([item.offset for item in scored])[(outcomes != Outcome.UNKNOWN) & np.isfinite(returns)]
     order = order_report(returns, outcomes, groups)
     return {
-        "balance/kept": sum(item.balanced for item in scored) / sampled,
         "opd/gap": gaps.mean(dtype=np.float64),
         "opd/abs_gap": np.abs(gaps).mean(dtype=np.float64),
         "opd/masked": 1.0 - mask.mean(),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+from megatron_opd.audit.report import audit
 from megatron_opd.data.pass_rates import read_pass_rates
 from megatron_opd.observe.trajectories import SCHEMA, read_trajectories
 
@@ -38,6 +41,12 @@ def test_balancing_and_calibration_do_what_they_record(servers: Servers, run_tra
             gaps = np.array(row["teacher_logprobs"]) - np.array(row["student_logprobs"])
             assert row["gaps"] == pytest.approx(gaps, abs=1e-5)
             assert row["mean_gap"] == pytest.approx(gaps[row["mask"]].mean(), abs=1e-5)
+    report = audit(run.folder)
+    assert report.page.stat().st_size > 20_000
+    steps = json.loads(report.numbers.read_text())["by_step"]
+    for step, metrics in zip(("1", "2"), run.metrics(), strict=True):
+        assert steps[step]["order"]["auc"] == pytest.approx(metrics["order/auc"])
+        assert steps[step]["kept_share"] == pytest.approx(metrics["balance/kept"])
     graded = read_pass_rates(run.folder / "pass_rates.parquet")
     assert graded.graded.sum() == len(rows) and graded.passes.sum() == (columns["outcome"] == 1).sum()
 

@@ -32,3 +32,11 @@ def controls(mean_shift: float) -> dict[str, list[str]]:
     everything = PARTS["offline"][0]
     reward = ["calibration=null", f"objective.constant_reward={mean_shift:.4f}", "objective.constant_direction=spread"]
     return {"constant reward": [*everything, *reward], "random labels": [*everything, "objective.placebo=true"]}
+
+
+def variations() -> dict[str, list[str]]:
+    """Runs that differ from "all" in one setting, beside the grid."""
+    return {
+        "lazy instead of offline": ["data.lazy.prior=[1,1]"],
+        "delta 4": [*PARTS["offline"][0], "calibration.delta=4.0"],
+    }

@@ -13,7 +13,7 @@ from megatron_opd.records import Scored, Verified
 
 def metrics(items: list[Scored], unscored: list[Verified] = [], *overrides: str) -> dict[str, float]:  # noqa: B006
     objective = step_objective(items, np.ones(len(items), dtype=bool), recipe(*overrides), 0)
-    return step_diagnostics(objective.rollouts, [*(item.verified for item in items), *unscored])
+    return step_diagnostics(objective.rollouts, unscored, [])
 
 
 def test_means_are_over_tokens_and_unknown_outcomes_are_not_graded() -> None:
@@ -50,6 +50,12 @@ def test_rollouts_that_were_never_scored_count_where_they_belong() -> None:
     found = metrics([scored([-1.0], [-1.0])], [rollout([-1.0] * 3, outcome=0), rollout([-1.0] * 2, outcome=-1)])
     assert found["reward/correct"] == 0.5 and found["rollout/length"] == 2.0
     assert found["balance/kept"] == pytest.approx(1 / 3) and found["opd/gap"] == 0.0
+
+
+def test_a_failed_teacher_call_is_not_balancing() -> None:
+    objective = step_objective([scored([-1.0], [-1.0])], np.ones(1, dtype=bool), recipe(), 0)
+    found = step_diagnostics(objective.rollouts, [rollout([-1.0])], [rollout([-1.0]), rollout([-1.0])])
+    assert found["balance/kept"] == 0.75
 
 
 def test_a_share_of_nothing_is_left_out_and_nothing_scored_has_only_what_is_known() -> None:

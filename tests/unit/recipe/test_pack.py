@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opd.recipe.pack import fill_rows, loss_denominator, pack
+from megatron_opd.recipe.pack import fill_rows, loss_denominator, pack, pack_metrics, sequence_costs, spread
 from megatron_opd.records import PackedBatch, TrainSample
 from megatron_opd.runtime.wire import decode, encode
 
@@ -52,7 +52,7 @@ sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=1, 
 def test_any_split_gives_the_same_loss_and_keeps_every_token(shapes, row_tokens, ranks, seed) -> None:
     rng = np.random.default_rng(seed)
     samples = [sample_of(rng, prompt, response) for prompt, response in shapes]
-    batches = pack(samples, row_tokens, ranks, version=7)
+    batches = pack(samples, row_tokens, ranks, 50.0, version=7)
     assert len(batches) == ranks
     assert weighted_sum(batches) == pytest.approx(slow_weighted_sum(samples), rel=1e-5, abs=1e-6)
     assert len({batch.denominator for batch in batches}) == 1
@@ -67,7 +67,7 @@ def test_any_split_gives_the_same_loss_and_keeps_every_token(shapes, row_tokens,
 
 def test_labels_never_cross_a_sequence() -> None:
     rng = np.random.default_rng(0)
-    (batch,) = pack([sample_of(rng, 2, 3), sample_of(rng, 4, 2)], 100, 1, version=0)
+    (batch,) = pack([sample_of(rng, 2, 3), sample_of(rng, 4, 2)], 100, 1, 50.0, version=0)
     for start, end in zip(batch.sequence_offsets[:-1], batch.sequence_offsets[1:], strict=True):
         assert batch.labels[start : end - 1].tolist() == batch.tokens[start + 1 : end].tolist()
         assert batch.labels[end - 1] == 0 and batch.weights[end - 1] == 0
@@ -79,13 +79,13 @@ def test_rows_respect_the_budget_and_a_long_sequence_has_its_own() -> None:
 
 def test_nothing_to_train_has_denominator_one() -> None:
     assert loss_denominator([]) == 1.0
-    (batch,) = pack([], 10, 1, version=0)
+    (batch,) = pack([], 10, 1, 50.0, version=0)
     assert len(batch.tokens) == 0 and batch.row_offsets.tolist() == [0]
 
 
 def test_a_batch_survives_the_wire_to_the_bit() -> None:
     rng = np.random.default_rng(1)
-    for batch in pack([sample_of(rng, 3, 5) for _ in range(7)], 20, 3, version=12, last=True):
+    for batch in pack([sample_of(rng, 3, 5) for _ in range(7)], 20, 3, 50.0, version=12, last=True):
         again = decode(encode(batch))
         assert (again.version, again.last, again.denominator) == (batch.version, True, batch.denominator)
         for name in (field.name for field in fields(PackedBatch) if field.type == "np.ndarray"):
@@ -97,3 +97,38 @@ def test_a_batch_survives_the_wire_to_the_bit() -> None:
 def test_bytes_that_are_no_batch_are_refused(body: bytes) -> None:
     with pytest.raises(Exception):  # noqa: B017 - struct, json and safetensors each have their own
         decode(body)
+
+
+def test_attention_makes_a_long_sequence_dearer_than_its_tokens() -> None:
+    assert sequence_costs([10, 100, 0], 50.0).tolist() == [12.0, 300.0, 0.0]
+    with pytest.raises(ValueError, match="attention_length 0"):
+        sequence_costs([1], 0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 9))
+def test_every_index_is_in_one_part_and_parts_are_close(costs: list[int], ranks: int) -> None:
+    parts = spread(np.array(costs, dtype=np.float64), ranks)
+    assert sorted(index for part in parts for index in part) == list(range(len(costs))) and len(parts) == ranks
+    sums = [sum(costs[i] for i in part) for part in parts]
+    assert max(sums) - min(sums) <= max(costs, default=0)  # joining never widens the largest difference
+
+
+def test_differencing_beats_giving_the_longest_to_the_idlest() -> None:
+    # Largest first gives 8+5+4 and 7+6; differencing leaves 14 and 16.
+    costs = np.array([8.0, 7.0, 6.0, 5.0, 4.0])
+    assert sorted(costs[part].sum() for part in spread(costs, 2)) == [14.0, 16.0]
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(100, 16000, 512).astype(np.float64)
+    sums = [lengths[part].sum() for part in spread(lengths, 16)]
+    assert max(sums) / np.mean(sums) < 1.001
+
+
+def test_one_long_sequence_leaves_ranks_without_one_and_metrics_tell() -> None:
+    rng = np.random.default_rng(0)
+    batches = pack([sample_of(rng, 5, 95), sample_of(rng, 5, 5)], 40, 3, 50.0, version=0)
+    assert sorted(len(batch.tokens) for batch in batches) == [0, 10, 100]
+    metrics = pack_metrics(batches, 40, 50.0)
+    assert metrics["perf/imbalance"] == pytest.approx(300 / (312 / 3) - 1)
+    assert metrics["perf/row_fill"] == pytest.approx(110 / 80)
+    assert pack_metrics(pack([], 40, 2, 50.0, version=0), 40, 50.0) == {}
