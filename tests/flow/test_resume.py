@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from megatron_opd.engines.rollout import response_seed
 from megatron_opd.engines.sglang import Sampling, SGLangClient
@@ -24,6 +25,7 @@ SETTINGS = [
 MEASURED = ("time/", "perf/", "refresh/seconds")  # by a clock
 
 
+@pytest.mark.timeout(1800)  # four starts: minutes on two free cores, far more on busy ones
 def test_a_run_that_is_killed_again_and_again_is_the_same_to_the_bit(deterministic_servers: Servers, run_train) -> None:
     settings = [*deterministic_servers.attach(), *SETTINGS]
     whole = run_train("whole", *settings)
