@@ -90,12 +90,15 @@ def fail(settings: CheckpointConfig, run: RunDirectory, student: Student) -> Non
     hasty.begin(4)
     hasty.finish()
     checkpoint._write_bucket = working
-    hasty.begin(5)  # nobody leaves a coordinator's state
-    hasty.finish()
+    lonely = checkpoint.Saver(
+        settings.model_copy(update={"deadline_s": 8.0}), run, student
+    )  # time to write, even if busy
+    lonely.begin(5)  # nobody leaves a coordinator's state
+    lonely.finish()
     blocker = run.checkpoints.unfinished(6)
     if dist.get_rank() == 0:
         blocker.write_text("a file where the folder should be")
-    hasty.begin(6)
+    lonely.begin(6)
     if dist.get_rank() == 0:
         blocker.unlink()
     leave_coordinator_state(run, 7)
