@@ -78,9 +78,9 @@ class Saver:
         began = time.monotonic()
         save, found = self._save, _everywhere(self._state(self._save))
         problems = [state.problem for state in found if state.problem]
-        waiting = [state.waiting_for for state in found if state.waiting_for]
+        waiting = [what for state in found for what in state.waiting]
         if waiting and not problems and any(state.late for state in found):
-            problems = [f"after checkpoint.deadline_s = {self._config.deadline_s:g} {', '.join(waiting)}"]
+            problems = [f"after checkpoint.deadline_s = {self._config.deadline_s:g} s {', '.join(waiting)}"]
         if problems:
             self._save = None
             self._fail(save.step, "; ".join(problems))
@@ -99,13 +99,12 @@ class Saver:
             self.poll()
 
     def _state(self, save: _Save) -> _State:
-        rank, writer, waiting_for = dist.get_rank(), save.writer, None
-        if not writer.done:
-            waiting_for = f"rank {rank} was still writing"
-        elif rank == 0 and not self._folder.coordinator_state(save.step).is_dir():
-            waiting_for = "the coordinator had not left its state"  # it comes after its records of the step
+        rank, writer = dist.get_rank(), save.writer
+        waiting = [] if writer.done else [f"rank {rank} was still writing"]
+        if rank == 0 and not self._folder.coordinator_state(save.step).is_dir():
+            waiting.append("the coordinator had not left its state")  # it comes after its records of the step
         problem = f"rank {rank}: {writer.problem}" if writer.problem else None
-        return _State(problem, waiting_for, time.monotonic() - save.began > self._config.deadline_s)
+        return _State(problem, waiting, time.monotonic() - save.began > self._config.deadline_s)
 
     def _complete(self, save: _Save, began: float) -> None:
         for finalize in save.request.finalize_fns:
@@ -143,7 +142,7 @@ class _State:
     """How far one rank's part of a save is."""
 
     problem: str | None  # why it will never be done
-    waiting_for: str | None  # None: it is done
+    waiting: list[str]  # for what; empty when it is done
     late: bool
 
 

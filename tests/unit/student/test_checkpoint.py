@@ -86,7 +86,7 @@ def test_a_save_that_fails_is_told_and_the_one_before_stays(results: dict, work:
     told = {event["step"]: event["error"] for event in events if event["event"] == "checkpoint_failed"}
     assert set(told) == {3, 4, 5, 6}
     assert "rank 1: OSError: [Errno 28] No space left on device" in told[3]
-    assert "after checkpoint.deadline_s = 1 " in told[4] and "rank 1 was still writing" in told[4]
+    assert "after checkpoint.deadline_s = 1 s " in told[4] and "rank 1 was still writing" in told[4]
     assert "the coordinator had not left its state" in told[5]
     assert "NotADirectoryError" in told[6] or "FileExistsError" in told[6]
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [2, 7]
