@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from ablation.cells import WEIGHTED, controls, grid, variations
-from ablation.results import figure, mean_shift, read_run, table
+from ablation.cells import PARTS, WEIGHTED, controls, grid, variations
+from ablation.results import effects, figure, mean_shift, read_run, table
 
 from megatron_opd.config import Config, load_config
 from megatron_opd.data.inputs import read_inputs
@@ -77,8 +77,8 @@ def run_all(seeds: list[int], out: Path, extra: list[str]) -> None:
         shift = mean_shift(out / f"all-{seed}")
         for cell, overrides in controls(shift).items():
             train(cell, seed, [*attach, *extra, *overrides], out)
-    for seed in seeds:
-        for cell, overrides in variations().items():
+    for cell, overrides in variations().items():
+        for seed in seeds:
             train(cell, seed, [*attach, *extra, *overrides], out)
 
 
@@ -94,6 +94,8 @@ def tabulate(out: Path) -> None:
         if runs:
             outcomes[cell] = runs
     text = table(outcomes)
+    if set(grid()) <= set(outcomes):
+        text += "\n\n" + effects({cell: outcomes[cell] for cell in grid()}, list(PARTS))
     (out / "table.md").write_text(text + "\n")
     figure(outcomes, out / "figure.png")
     print(text)

@@ -37,6 +37,6 @@ def controls(mean_shift: float) -> dict[str, list[str]]:
 def variations() -> dict[str, list[str]]:
     """Runs that differ from "all" in one setting, beside the grid."""
     return {
-        "lazy instead of offline": ["data.lazy.prior=[1,1]"],
         "delta 4": [*PARTS["offline"][0], "calibration.delta=4.0"],
+        "lazy instead of offline": ["data.lazy.prior=[1,1]"],
     }

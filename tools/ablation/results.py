@@ -77,9 +77,31 @@ def table(outcomes: dict[str, list[Outcome]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(values: Sequence[float]) -> str:
+def effects(outcomes: dict[str, list[Outcome]], parts: Sequence[str]) -> str:
+    """Markdown: what switching a part on does on average over the four combinations of the other two, in points.
+
+    A difference is taken within each seed; the standard error is that of the seeds' differences. Cells that lack a seed
+    shorten the comparison to the seeds that all have.
+    """
+    seeds = min(len(runs) for runs in outcomes.values())
+    head = ["part switched on", *PARTS, "mean of domains"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for part in parts:
+        on = [runs for cell, runs in outcomes.items() if cell == "all" or part in cell.split("+")]
+        off = [runs for cell, runs in outcomes.items() if not (cell == "all" or part in cell.split("+"))]
+        cells = []
+        for key in (*PARTS, "mean"):
+            means = [
+                np.mean([[run.accuracy[key] for run in runs[:seeds]] for runs in side], axis=0) for side in (on, off)
+            ]
+            cells.append(_percent(means[0] - means[1], sign="+"))
+        lines.append(f"| {' | '.join([part, *cells])} |")
+    return "\n".join(lines)
+
+
+def _percent(values: Sequence[float], sign: str = "") -> str:
     error = f" ({100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f})" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{error}"
+    return f"{100 * np.mean(values):{sign}.1f}{error}"
 
 
 def figure(outcomes: dict[str, list[Outcome]], path: Path) -> None:
@@ -98,7 +120,7 @@ def figure(outcomes: dict[str, list[Outcome]], path: Path) -> None:
         axes.bar(places, [np.mean(v) for v in values], width, yerr=errors, color=colour, label=part, capsize=2)
         for place, own in zip(places, values, strict=True):
             axes.plot([place] * len(own), own, "o", color="black", markersize=2.5, alpha=0.6)
-    axes.set_xticks(np.arange(len(outcomes)), [cell.replace("+", "\n+ ") for cell in outcomes])
+    axes.set_xticks(np.arange(len(outcomes)), [cell.replace(" ", "\n").replace("+", "\n+ ") for cell in outcomes])
     axes.set_ylabel("held-out accuracy after training, %")
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
