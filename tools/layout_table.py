@@ -3,13 +3,15 @@
     python tools/layout_table.py
 
 The model and the batch are those of tests/unit/student; so is the reference, one process that goes through the batch
-token by token. Errors are relative: of the loss, and the largest of any gradient to the largest of its tensor. The time
-is that of the fastest of several steps of a tiny model: what a layout costs in messages, not what it gains.
+token by token. Errors are relative: that of the loss, and of each gradient the largest error over the largest entry, of
+which the worst tensor is shown. The time is the fastest of several steps of a tiny model: what a layout costs in
+messages, not what it gains.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import tempfile
@@ -36,6 +38,7 @@ STEPS = 10
 
 def main() -> None:
     torch.set_num_threads(1)
+    busy = []
     print("| layout | model | ranks | error of the loss | error of the gradient | step, ms |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +51,9 @@ def main() -> None:
             found = json.loads((work / f"{name}.json").read_text())
             cells = [described(sizes), "experts" if kind == "experts" else "dense", ranks]
             errors = [f"{found[what]:.0e}" for what in ("loss", "gradient")]
+            busy.append(os.getloadavg()[0])
             print("|", " | ".join(map(str, [*cells, *errors, f"{1000 * found['seconds']:.0f}"])), "|", flush=True)
+    print(f"\nLoad average: {min(busy):.0f} to {max(busy):.0f}; above the number of cores, the times are too long.")
 
 
 def make_case(work: Path, kind: str) -> dict[str, Any]:

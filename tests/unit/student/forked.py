@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 MOST_PROCESSES = 4
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0  # of one layout, also where others use the cores
 
 
 def run_layouts(layouts: dict[str, int], work: Callable[[str], None], logs: Path) -> None:

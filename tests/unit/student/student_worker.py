@@ -35,10 +35,10 @@ def main() -> None:
 
 
 def run_layout(work: Path, layout: str, sizes: dict[str, Any]) -> None:
-    init_distributed(make_config(work, **sizes).student, seed=0, timeout_s=60)
+    init_distributed(make_config(work, **sizes).student, seed=0, timeout_s=200)
     result: dict[str, Any] = {"logprob": logprob_differences()}
     kinds = kinds_of(layout)
-    result["demand"] = demanded_backend(work, kinds[0], sizes)
+    result["demand"] = demanded(work, kinds[0], sizes)
     result["half"] = half_precision(work, layout, kinds[0], sizes)
     for kind in kinds:
         result[kind] = run_model(work, layout, kind, sizes)
@@ -68,13 +68,16 @@ def run_model(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict
     return result
 
 
-def demanded_backend(work: Path, kind: str, sizes: dict[str, Any]) -> str:
-    """What is said to someone who demands Transformer Engine on a CPU."""
-    try:
-        build_student(make_config(work / kind, backend="transformer_engine", **sizes))
-    except ConfigError as error:
-        return str(error)
-    return ""
+def demanded(work: Path, kind: str, sizes: dict[str, Any]) -> dict[str, str]:
+    """What is said to someone who demands of a CPU what only Transformer Engine has."""
+    said = {}
+    for name, options in {"backend": {"backend": "transformer_engine"}, "fp8": {"fp8": "e4m3"}}.items():
+        config = make_config(work / kind, **{"device": "auto", **options, **sizes})
+        try:
+            build_student(config)
+        except ConfigError as error:
+            said[name] = str(error)
+    return said
 
 
 def half_precision(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
