@@ -63,6 +63,7 @@ def check_rank(rank: int, size: int, store: str) -> None:
         check_ids_outside_the_vocabulary()
         check_only_what_needs_a_gradient_gets_one()
         check_no_tensor_of_positions_by_columns()
+        dist.barrier()  # a rank that leaves while another still talks to it takes it down
     finally:
         dist.destroy_process_group()
 

@@ -37,6 +37,7 @@ def check_rank(rank: int, size: int, store: str) -> None:
                 check_case(vocab, dtype, count)
         check_one_token_is_the_case_of_one_column()
         check_ids_outside_the_vocabulary()
+        dist.barrier()  # a rank that leaves while another still talks to it takes it down
     finally:
         dist.destroy_process_group()
 
