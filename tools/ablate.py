@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from ablation.cells import PARTS, WEIGHTED, controls, grid, variations
+from ablation.cells import BESIDE_THE_GRID, DELTA_4, LAZY, PARTS, RANDOM_LABELS, WEIGHTED, constant_reward, grid
 from ablation.results import effects, figure, mean_shift, read_run, table
 
 from megatron_opd.config import Config, load_config
@@ -71,15 +71,19 @@ def train(cell: str, seed: int, overrides: list[str], out: Path) -> Path:
 def run_all(seeds: list[int], out: Path, extra: list[str]) -> None:
     """Train every cell and control that is missing, one after the other."""
     attach = start_servers(load_config(CONFIG, extra), out / "servers")
+
+    def run(cell: str, seed: int, overrides: list[str]) -> Path:
+        return train(cell, seed, [*attach, *extra, *overrides], out)
+
     for seed in seeds:
-        for cell, overrides in grid().items():
-            train(cell, seed, [*attach, *extra, *overrides], out)
-        shift = mean_shift(out / f"all-{seed}")
-        for cell, overrides in controls(shift).items():
-            train(cell, seed, [*attach, *extra, *overrides], out)
-    for cell, overrides in variations().items():
-        for seed in seeds:
-            train(cell, seed, [*attach, *extra, *overrides], out)
+        folders = {cell: run(cell, seed, overrides) for cell, overrides in grid().items()}
+        run("constant reward", seed, constant_reward(mean_shift(folders["all"])))
+        run("random labels", seed, RANDOM_LABELS)
+    for seed in seeds:
+        strong = run("delta 4", seed, DELTA_4)
+        run("constant reward as delta 4", seed, constant_reward(mean_shift(strong)))
+    for seed in seeds:
+        run("lazy instead of offline", seed, LAZY)
 
 
 def tabulate(out: Path) -> None:
@@ -88,7 +92,7 @@ def tabulate(out: Path) -> None:
     _, held_out = read_inputs(config, load_tokenizer(config.student.model))
     prompts = {prompt.id: prompt.text for prompt in held_out}
     outcomes = {}
-    for cell in [*grid(), *controls(0.0), *variations()]:
+    for cell in [*grid(), *BESIDE_THE_GRID]:
         folders = sorted(out.glob(f"{cell.replace('+', '_').replace(' ', '_')}-[0-9]*"))
         runs = [read_run(folder, prompts) for folder in folders if (folder / "summary.json").is_file()]
         if runs:

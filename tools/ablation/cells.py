@@ -23,20 +23,23 @@ def grid() -> dict[str, list[str]]:
     return cells
 
 
-def controls(mean_shift: float) -> dict[str, list[str]]:
-    """Runs that differ from "all" in what stands for calibration.
+def constant_reward(mean_shift: float) -> list[str]:
+    """ "all" with an outcome reward in place of calibration: the same in every mixed group, whatever the teacher says.
 
-    mean_shift: what calibration raised the margin of a mixed group by in the run "all" of the same seed, nats per
-    token; the constant reward is as large in every mixed group, whatever the teacher says (docs/calibration.md, P2).
+    mean_shift: what calibration raised the margin of a mixed group by in the run that this one is compared with, nats
+    per token (docs/calibration.md, P2).
     """
-    everything = PARTS["offline"][0]
-    reward = ["calibration=null", f"objective.constant_reward={mean_shift:.4f}", "objective.constant_direction=spread"]
-    return {"constant reward": [*everything, *reward], "random labels": [*everything, "objective.placebo=true"]}
+    reward = [f"objective.constant_reward={mean_shift:.4f}", "objective.constant_direction=spread"]
+    return [*PARTS["offline"][0], "calibration=null", *reward]
 
 
-def variations() -> dict[str, list[str]]:
-    """Runs that differ from "all" in one setting, beside the grid."""
-    return {
-        "delta 4": [*PARTS["offline"][0], "calibration.delta=4.0"],
-        "lazy instead of offline": ["data.lazy.prior=[1,1]"],
-    }
+RANDOM_LABELS = [*PARTS["offline"][0], "objective.placebo=true"]
+DELTA_4 = [*PARTS["offline"][0], "calibration.delta=4.0"]
+LAZY = ["data.lazy.prior=[1,1]"]
+BESIDE_THE_GRID = (
+    "constant reward",
+    "random labels",
+    "delta 4",
+    "constant reward as delta 4",
+    "lazy instead of offline",
+)
