@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.config import load_config
-from megatron_opd.coordinator.evaluate import evaluate
+from megatron_opd.coordinator.evaluate import accuracies, evaluate
 from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_tokenizer
 from megatron_opd.engines.rollout import RolloutEngine
@@ -49,7 +49,8 @@ async def test_each_teacher_knows_its_own_domain_and_not_the_other(servers: Serv
     accuracy = {}
     for teacher, url in (("math", servers.math), ("code", servers.code)):
         client = SGLangClient(url, timeout_s=120, max_concurrency=128)
-        accuracy[teacher] = await evaluate(RolloutEngine(client, tokenizer, 2), verifiers, held_out, config)
+        graded = await evaluate(RolloutEngine(client, tokenizer, 2), verifiers, held_out, config)
+        accuracy[teacher] = accuracies(graded)
         await client.close()
     await verifiers.close()
     for teacher, other in (("math", "code"), ("code", "math")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -16,7 +17,12 @@ import torch
 from student_case import make_model, make_samples
 from transformers import AutoModelForCausalLM
 
-LAYOUTS = {"tp1": {}, "tp2": {"tensor_parallel": 2}, "dp2": {"data_parallel": 2}}
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "dp2": {"data_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def results(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def start_ranks(work: Path, name: str, sizes: dict[str, Any]) -> subprocess.Popen:
-    ranks = sizes.get("tensor_parallel", 1) * sizes.get("data_parallel", 1)
+    ranks = 2 if sizes else 1
     worker = str(Path(__file__).with_name("checkpoint_worker.py"))
     launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     with (work / f"{name}.log").open("w") as log:
@@ -60,7 +66,7 @@ def start_ranks(work: Path, name: str, sizes: dict[str, Any]) -> subprocess.Pope
 def test_what_is_loaded_is_what_was_saved(results: dict, saved: str, under: str) -> None:
     """To the bit, although training went on while the copy was being written; the next step is the same one."""
     expected, found = results[saved]["saved"], results[under][saved]
-    assert found["layout"]["tensor"] * found["layout"]["data"] == (1 if saved == "tp1" else 2)
+    assert math.prod(found["layout"].values()) == (1 if saved == "tp1" else 2)
     for what in ("weights", "exp_avg", "exp_avg_sq"):
         assert found[what].keys() == expected[what].keys()
         for name, tensor in expected[what].items():
