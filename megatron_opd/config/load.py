@@ -54,9 +54,9 @@ def _read(path: Path, inside: tuple[Path, ...]) -> DictConfig:
         named = own.pop("defaults", [])
         bases = [_read(path.parent / name, (*inside, here)) for name in named]
         return OmegaConf.merge(*bases, own)
+    except ConfigError:  # of this file or of one that it builds on: it says more than what follows
+        raise
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError("The config cannot be read", where=path, got=error) from error
 
 

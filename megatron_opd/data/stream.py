@@ -33,7 +33,8 @@ class PromptStream:
         self._position = 0
         self._prior = prior
         self.posterior = BetaPosterior(len(prompts), *prior)
-        self._repeated = np.repeat(np.arange(len(prompts)), [prompt.repeats for prompt in prompts])
+        self._repeats = np.array([prompt.repeats for prompt in prompts])
+        self._repeated = np.repeat(np.arange(len(prompts)), self._repeats)
         self._epoch, self._order = 0, self._permutation(0)
 
     @property
@@ -113,8 +114,7 @@ class LazyStream(PromptStream):
         return drawn
 
     def _draw(self, count: int) -> list[int]:
-        repeats = np.array([prompt.repeats for prompt in self.prompts])
-        weights = self.posterior.weights(self._power) * repeats
+        weights = self.posterior.weights(self._power) * self._repeats
         keys = random_keys(self._seed, self._position, np.arange(len(self.prompts)))
         uniform = (keys.astype(np.float64) + 0.5) / 2.0**64
         return np.argsort(np.log(uniform) / weights, kind="stable")[::-1][:count].tolist()
