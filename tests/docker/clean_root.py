@@ -1,6 +1,6 @@
 """Runs the steps of one Dockerfile target in a clean Debian root, for machines without a Docker engine.
 
-    python tests/docker/clean_root.py [--target cpu] [--folder DIR] [-- COMMAND ...]
+    python tests/docker/clean_root.py [--target cpu] [--mirror URL] [--keep] [COMMAND ...]
 
 Needs root, debootstrap, and the package sources that this machine's apt and pip are set to. Every instruction of the
 target is carried out in order as Docker would: ENV, RUN, COPY, WORKDIR, USER. The base image is stood in for by a
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--mirror", help="Debian mirror for debootstrap; else its own choice")
+    parser.add_argument("--keep", action="store_true", help="leave the root where it is, to look into it")
     parser.add_argument("command", nargs="*", help="what to run at the end, after the image's entry point")
     asked = parser.parse_args()
     steps = instructions((ROOT / "Dockerfile").read_text(), asked.target)
@@ -139,7 +140,9 @@ def main() -> None:
     finally:
         for path in reversed(mounted):
             subprocess.run(["umount", "--lazy", str(path)], check=False)
-        if not any(os.path.ismount(path) for path in mounted):  # else the machine's own /dev would be removed
+        if asked.keep:
+            print(f"the root is {folder}", file=sys.stderr)
+        elif not any(os.path.ismount(path) for path in mounted):  # else the machine's own /dev would be removed
             shutil.rmtree(folder)
     print(f"target {asked.target} was built and run in a clean root", file=sys.stderr)
 
