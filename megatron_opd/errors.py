@@ -53,7 +53,11 @@ class ModelError(OpdError, ValueError):
 
 
 class EngineError(OpdError, RuntimeError):
-    """A server answered wrongly, or does not answer."""
+    """A server answered wrongly, or does not answer. ``kind`` names the failure in one word, for counting."""
+
+    def __init__(self, what: str, *, kind: str = "refused", **told: object) -> None:
+        self.kind = kind
+        super().__init__(what, **told)
 
 
 class ProcessError(OpdError, RuntimeError):

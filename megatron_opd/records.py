@@ -84,6 +84,7 @@ class Scored:
     teacher_logprobs: np.ndarray  # [R] float32, temperature 1
     reference_logprobs: np.ndarray | None = None  # [R] float32, of the free reference; None without one
     top: TopRows | None = None  # the teacher's; None when scoring.top_k is 0
+    prefilled: int = 0  # tokens of prompt and response that the teacher computed: those that its cache did not hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class Dropped:
     prompt_id: str
     domain: str
     stage: Literal["score"]  # the part of the run that gave it up
-    reason: str
+    reason: str  # for a person: who failed, how, got and expected
+    kind: str  # one word to count by; docs/teachers.md lists those of scoring
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -47,7 +47,7 @@ def started_servers(logs: Path, *overrides: str) -> Iterator[Servers]:
             while not answers(role.ready_url):
                 assert child.returncode is None and time.monotonic() < deadline, child.last_lines(40)
                 time.sleep(0.5)
-        yield Servers(endpoints.rollout, endpoints.teachers["math"], endpoints.teachers["code"])
+        yield Servers(endpoints.rollout[0], endpoints.teachers["math"][0], endpoints.teachers["code"][0])
     finally:
         for child in children:
             with suppress(psutil.NoSuchProcess):  # one that died while it started

@@ -51,8 +51,8 @@ def start_servers(config: Config, logs: Path) -> list[str]:
             if child.returncode is not None:
                 raise SystemExit(f"{role.name} died:\n{child.last_lines()}")
             time.sleep(0.5)
-    teachers = [f"teachers.{domain}.server.url={url}" for domain, url in endpoints.teachers.items()]
-    return [f"rollout.server.url={endpoints.rollout}", *teachers]
+    teachers = [f"teachers.{domain}.server.urls=[{','.join(urls)}]" for domain, urls in endpoints.teachers.items()]
+    return [f"rollout.server.urls=[{','.join(endpoints.rollout)}]", *teachers]
 
 
 def train(cell: str, seed: int, overrides: list[str], out: Path) -> Path:

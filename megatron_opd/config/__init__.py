@@ -21,17 +21,16 @@ from megatron_opd.config.sections import (
     CheckpointConfig,
     ColumnsConfig,
     DataConfig,
-    EngineConfig,
     EvalConfig,
     OptimizerConfig,
     RefreshConfig,
     RolloutConfig,
     ScoringConfig,
-    ServerConfig,
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
 )
+from megatron_opd.config.servers import EngineConfig, RoutingConfig, ServerConfig
 
 __all__ = [
     "BalanceConfig",
@@ -49,6 +48,7 @@ __all__ = [
     "OptimizerConfig",
     "RefreshConfig",
     "RolloutConfig",
+    "RoutingConfig",
     "ScoringConfig",
     "ServerConfig",
     "StudentConfig",

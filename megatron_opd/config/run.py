@@ -15,7 +15,6 @@ from megatron_opd.config.sections import (
     CheckpointConfig,
     CoordinatorConfig,
     DataConfig,
-    EngineConfig,
     EvalConfig,
     OptimizerConfig,
     RecordConfig,
@@ -26,6 +25,7 @@ from megatron_opd.config.sections import (
     TeacherConfig,
     VerifierConfig,
 )
+from megatron_opd.config.servers import EngineConfig, ServerConfig
 
 
 class Config(Section):
@@ -93,6 +93,20 @@ class Config(Section):
             )
         if objective.placebo and self.calibration is None:
             yield "objective.placebo permutes the outcomes of calibration, which is null"
+        yield from self._server_misfits()
+
+    def _server_misfits(self) -> Iterator[str]:
+        if self.rollout.server.engine != "sglang":
+            yield "rollout.server.engine must be sglang, the only one whose weights are refreshed"
+        for key, server in self.frozen_servers.items():
+            if server.engine == "vllm" and self.engine.deterministic:
+                yield f"engine.deterministic is a mode of SGLang, and {key}.engine is vllm"
+
+    @property
+    def frozen_servers(self) -> dict[str, ServerConfig]:
+        """Servers of the models that do not learn, by their key."""
+        servers = {f"teachers.{domain}.server": teacher.server for domain, teacher in self.teachers.items()}
+        return servers | ({"reference.server": self.reference.server} if self.reference else {})
 
     @property
     def run_dir(self) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megatron_opd.config.base import Port, PositiveFloat, PositiveInt, Section
+from megatron_opd.config.base import Port, PositiveFloat, PositiveInt, Real, Section
 from megatron_opd.config.recipe import LazyConfig
+from megatron_opd.config.servers import ServerConfig
 
 
 class StudentConfig(Section):
@@ -90,42 +91,6 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; 0 turns clipping off."""
 
 
-class EngineConfig(Section):
-    """How servers that this run starts are started."""
-
-    python: Path = Path(".venv-engine/bin/python")
-    """Python of the engine's own environment."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where servers run; auto takes a GPU when there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the served models."""
-    max_total_tokens: PositiveInt | None = None
-    """Size of the key-value cache in tokens; null lets the engine choose."""
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.75
-    """Share of the device's memory for weights and key-value cache."""
-    start_timeout_s: PositiveFloat = 600.0
-    """Longest wait for a server to become ready."""
-    request_timeout_s: PositiveFloat = 600.0
-    """Longest wait for one answer."""
-    max_concurrency: PositiveInt = 256
-    """Most requests under way at one server."""
-    deterministic: bool = False
-    """Seed each response and make it independent of its batch: a run repeats to the bit. Slower."""
-
-
-class ServerConfig(Section):
-    """One server: started by the run on this machine, or attached to by URL."""
-
-    url: str | None = None
-    """Attach to a running server, for example http://127.0.0.1:30000; null starts one."""
-    port: Port = 0
-    """Port of a started server; 0 takes a free one."""
-    tensor_parallel: PositiveInt = 1
-    """Ranks of a started server."""
-    gpus: str | None = None
-    """CUDA_VISIBLE_DEVICES of a started server, for example "0,1"; null leaves the variable as it is."""
-
-
 class RolloutConfig(Section):
     """How the student is sampled."""
 
@@ -135,8 +100,21 @@ class RolloutConfig(Section):
     """Rollouts of each prompt: one group."""
     max_new_tokens: PositiveInt = 16384
     """Most tokens of one response."""
+    temperature: Real = 1.0
+    """Sampling temperature of training; only 1 is taken, at which sampled and recomputed log-probs are the same."""
     server: ServerConfig = ServerConfig()
-    """The engine that samples."""
+    """The engines that sample."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_one(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError(
+                f"{value:g} is refused: servers return a prompt's log-probs at temperature 1 whatever a request asks "
+                "for, so those of the teacher and those of the sampled tokens would be different quantities; leave it "
+                "at 1, or change evaluation.temperature if you mean the evaluation"
+            )
+        return value
 
 
 class TeacherConfig(Section):
@@ -144,8 +122,10 @@ class TeacherConfig(Section):
 
     model: Path
     """Hugging Face checkpoint folder of the teacher; its tokenizer must equal the student's."""
+    other_template: bool = False
+    """Whether its chat template may differ from the student's, with which it is asked all the same."""
     server: ServerConfig = ServerConfig()
-    """The engine that scores."""
+    """The engines that score."""
 
 
 class ColumnsConfig(Section):
@@ -194,12 +174,14 @@ class VerifierConfig(Section):
 
 
 class ScoringConfig(Section):
-    """What happens when a teacher's answer cannot be used."""
+    """What is asked of teachers, and what happens when an answer cannot be used (docs/teachers.md)."""
 
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The run stops when a larger share of the rollouts that a step asks teachers to score is dropped."""
     attempts: PositiveInt = 4
-    """Tries for one request before its rollout is dropped."""
+    """Tries for one request before its rollout is dropped; they go to different replicas where there are several."""
+    probe_tolerance: PositiveFloat = 1e-3
+    """Largest difference between ways to score one sequence at the start; meant for float32, bfloat16 needs 0.1."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Most likely tokens of teacher and student that are fetched at each position; 0 fetches none."""
 

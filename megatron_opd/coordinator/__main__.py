@@ -23,6 +23,7 @@ from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.pass_rates import read_pass_rates
 from megatron_opd.data.stream import LazyStream, PromptStream
 from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.engines.connect import new_pool
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import EngineError
@@ -31,9 +32,9 @@ from megatron_opd.observe.role import run_role
 from megatron_opd.records import Prompt
 from megatron_opd.runtime.checkpoints import COORDINATOR
 from megatron_opd.runtime.env import token
-from megatron_opd.runtime.http import wait_until_ready
+from megatron_opd.runtime.replicas import ReplicaPool
 from megatron_opd.runtime.rundir import RunDirectory
-from megatron_opd.teachers.pool import Teacher, TeacherPool
+from megatron_opd.teachers.start import start_teachers
 from megatron_opd.verifiers.pool import VerifierPool
 
 logger = logging.getLogger("megatron_opd.coordinator")  # not __name__, which is __main__ here
@@ -53,22 +54,22 @@ async def coordinate(run: RunDirectory) -> None:
         stream.restore(state)
     async with AsyncExitStack() as stack:
         await _serve(stack, board, endpoints.coordinator)
-        attempts, top_k = config.scoring.attempts, config.scoring.top_k
-        client = await _client(stack, endpoints.rollout, config)
-        seed = config.sampling_seed
-        engine = RolloutEngine(client, tokenizer, attempts, top_k, seed)
-        clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
-        reference = await _client(stack, endpoints.reference, config) if endpoints.reference else None
+        attempts, top_k, seed = config.scoring.attempts, config.scoring.top_k, config.sampling_seed
+        servers = new_pool(stack, "rollout", config.engine, config.rollout.server, endpoints.rollout)
+        await asyncio.gather(*(client.wait_until_ready(config.engine.start_timeout_s) for client in servers.clients))
+        teachers = await start_teachers(stack, config, endpoints.teachers, endpoints.reference)
+        logger.info("all servers answer: %s", endpoints)
+        await _check_deterministic(servers, *teachers.pools, config=config)
+        engine = RolloutEngine(servers, tokenizer, attempts, top_k, seed)
         verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
         stack.push_async_callback(verifiers.close)
         loop = Loop(
             config=config,
-            stages=Stages(
-                engine, verifiers, _teachers(config, clients, reference), config.rollout, config.balance, config.seed
-            ),
-            student_sampler=RolloutEngine(client, tokenizer, attempts, seed=seed),
+            stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed),
+            student_sampler=RolloutEngine(servers, tokenizer, attempts, seed=seed),
             teacher_samplers={
-                domain: RolloutEngine(teacher, tokenizer, attempts, seed=seed) for domain, teacher in clients.items()
+                domain: RolloutEngine(teacher.replicas, tokenizer, attempts, seed=seed)
+                for domain, teacher in teachers.teachers.items()
             },
             attention_length=12.0 * _model_fact(config.student.model, "hidden_size"),
             stream=stream,
@@ -80,13 +81,8 @@ async def coordinate(run: RunDirectory) -> None:
             progress=progress,
             began=began,
         )
-        servers = [endpoints.rollout, *endpoints.teachers.values(), *filter(None, [endpoints.reference])]
-        await _servers_ready(servers, config.engine.start_timeout_s)
-        logger.info("all servers answer: %s", endpoints)
-        for server in [client, *clients.values(), *filter(None, [reference])]:
-            await _check_deterministic(server, config)
         await loop.run()
-        info = await engine.client.server_info()
+        info = await servers.clients[0].server_info()
         result = summary(config, loop.now(), board.reports, info)
         run.summary.write_text(json.dumps(result, indent=2) + "\n")
         recorder.event("finished")
@@ -100,42 +96,19 @@ async def _serve(stack: AsyncExitStack, board: BatchBoard, url: str) -> None:
     await web.TCPSite(runner, address.hostname, address.port, shutdown_timeout=2).start()
 
 
-async def _servers_ready(urls: list[str], timeout_s: float) -> None:
-    await asyncio.gather(*(wait_until_ready(f"{url}/ready", timeout_s) for url in urls))
-
-
-async def _client(stack: AsyncExitStack, url: str, config: Config) -> SGLangClient:
-    client = SGLangClient(url, timeout_s=config.engine.request_timeout_s, max_concurrency=config.engine.max_concurrency)
-    stack.push_async_callback(client.close)
-    return client
-
-
-async def _check_deterministic(server: SGLangClient, config: Config) -> None:
+async def _check_deterministic(*pools: ReplicaPool, config: Config) -> None:
     """An attached server may have been started otherwise; without seeds its responses to one prompt would be equal."""
-    found, wanted = await server.is_deterministic(), config.engine.deterministic
-    if found != wanted:
-        raise EngineError(
-            "The server was not started as engine.deterministic says",
-            where=server.url,
-            got=f"deterministic mode {'on' if found else 'off'}",
-            expected="on" if wanted else "off",
-            fix="start the server with or without --enable-deterministic-inference, or change engine.deterministic",
-        )
-
-
-def _teachers(config: Config, clients: dict[str, SGLangClient], reference: SGLangClient | None) -> TeacherPool:
-    teachers = [
-        Teacher(domain, client, _model_fact(config.teachers[domain].model, "vocab_size"))
-        for domain, client in clients.items()
-    ]
-    free = Teacher("reference", reference, _model_fact(config.reference.model, "vocab_size")) if reference else None
-    return TeacherPool(
-        teachers,
-        config.scoring.attempts,
-        reference=free,
-        top_k=config.scoring.top_k,
-        student_vocab_size=_model_fact(config.student.model, "vocab_size"),
-    )
+    wanted = config.engine.deterministic
+    for server in [client for pool in pools for client in pool.clients if isinstance(client, SGLangClient)]:
+        found = await server.is_deterministic()
+        if found != wanted:
+            raise EngineError(
+                "The server was not started as engine.deterministic says",
+                where=server.url,
+                got=f"deterministic mode {'on' if found else 'off'}",
+                expected="on" if wanted else "off",
+                fix="start the server with or without --enable-deterministic-inference, or change engine.deterministic",
+            )
 
 
 def _stream(config: Config, prompts: list[Prompt]) -> PromptStream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from megatron_opd.coordinator.stages import StepRollouts
 from megatron_opd.recipe.diagnostics import step_diagnostics
 from megatron_opd.recipe.objective import StepObjective
@@ -18,15 +20,27 @@ def step_metrics(rollouts: StepRollouts, objective: StepObjective, report: Refre
         metrics |= _known("calibration/changed_groups", calibration.changed_groups)
     return (
         metrics
+        | _teacher_metrics(rollouts)
         | report.training
         | {
             "balance/trained_rollouts": len(objective.samples),
             "balance/refilled_prompts": rollouts.refills,
-            "teacher/dropped": len(rollouts.dropped),
             "refresh/seconds": report.refresh_s,
             "refresh/probe_difference": report.probe_difference,
         }
         | {f"time/{stage}_s": seconds for stage, seconds in rollouts.mean_stage_seconds.items()}
+    )
+
+
+def _teacher_metrics(rollouts: StepRollouts) -> dict[str, float]:
+    """Drops, by kind too, and how many tokens teachers computed for each one that they scored."""
+    kinds = Counter(drop.kind for _, drop in rollouts.dropped)
+    scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
+    prefilled = sum(item.prefilled for item in rollouts.scored)
+    return (
+        {"teacher/dropped": len(rollouts.dropped)}
+        | {f"teacher/dropped_{kind}": count for kind, count in sorted(kinds.items())}
+        | _known("teacher/prefilled_per_scored", prefilled / scored if scored else None)
     )
 
 

@@ -148,7 +148,7 @@ class Stages:
         if (rollout.versions != version).any():
             raise EngineError(
                 "A token was sampled with other weights than this step's",
-                where=f"{self.engine.client.url}, prompt {rollout.prompt.id}",
+                where=f"{self.engine.replicas.where}, prompt {rollout.prompt.id}",
                 got=f"weight versions {sorted(set(rollout.versions.tolist()))}",
                 expected=version,
             )
@@ -168,6 +168,7 @@ def check_dropped_share(dropped: list[Dropped], total: int, limit: float) -> Non
 
 
 def drop_reasons(dropped: list[Dropped]) -> list[str]:
-    """The three most frequent reasons, each with its count."""
-    reasons = Counter(drop.reason for drop in dropped)
-    return [f"{count} x {reason}" for reason, count in reasons.most_common(3)]
+    """Every kind with its count and one example, the most frequent first."""
+    examples = {drop.kind: drop.reason for drop in reversed(dropped)}
+    kinds = Counter(drop.kind for drop in dropped)
+    return [f"{count} x {kind}, such as {examples[kind]}" for kind, count in kinds.most_common()]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Without any of these transformers builds an empty tokenizer and says nothing.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
+SAMPLE_PROMPT = [{"role": "user", "content": "What is 2 + 3?"}]  # rendered to compare chat templates
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local checkpoint, with a chat template and an end token. Raises ModelError."""
@@ -49,7 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def same_tokenizer(a_folder: Path, b_folder: Path) -> None:
     """Raise ModelError that names the first difference between two tokenizers; return if there is none."""
     a, b = load_tokenizer(a_folder), load_tokenizer(b_folder)
-    difference = _vocabulary_difference(a, b) or _end_difference(a, b)
+    difference = _vocabulary_difference(a, b) or _special_difference(a, b)
     if difference:
         what, got_a, got_b = difference
         raise ModelError(
@@ -91,8 +93,35 @@ def _vocabulary_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBas
     return f"token {token!r}{more}", show(ids_a), show(ids_b)
 
 
-def _end_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
-    """A teacher that ends its turn with another token would teach the student never to end its own."""
-    if a.eos_token == b.eos_token:
-        return None
-    return "end token (eos_token)", repr(a.eos_token), repr(b.eos_token)
+def _special_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+    """The first role that the two give to different tokens, the end token before all.
+
+    A teacher that ends its turn with another token would teach the student never to end its own.
+    """
+    roles_a, roles_b = a.special_tokens_map, b.special_tokens_map
+    for role in dict.fromkeys(["eos_token", "bos_token", *roles_a, *roles_b]):
+        if role != "pad_token" and roles_a.get(role) != roles_b.get(role):  # nothing is ever padded with a token
+            name = "end token (eos_token)" if role == "eos_token" else role
+            return name, repr(roles_a.get(role)), repr(roles_b.get(role))
+    return None
+
+
+def same_template(student: Path, teacher: Path, key: str) -> None:
+    """Raise ModelError, which names ``key``, unless both chat templates make the same text of a sample prompt.
+
+    Two templates may differ in comments, or in what is never used here, such as tools.
+    """
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    texts = [
+        tokenizer.apply_chat_template(SAMPLE_PROMPT, tokenize=False, add_generation_prompt=True)
+        for tokenizer in (ours, theirs)
+    ]
+    if texts[0] != texts[1]:
+        raise ModelError(
+            "A teacher's chat template is not the student's",
+            where=f"{key}.model, {teacher}",
+            got=repr(texts[1]),
+            expected=f"{texts[0]!r}, as {student} has it",
+            fix=f"take the teacher's template for the student, or set {key}.other_template=true: "
+            "it is then asked with the student's, which it may not know",
+        )

@@ -5,7 +5,7 @@ pass_rates.parquet   when all are finished
 weighted.jsonl       the prompt file with repeats and pass_rate
 histogram.png        prompts and appearances by number of passes
 summary.json         the same numbers
-logs/rollout.log     of the engine, where the run started one
+logs/rollout.log     of the engine, where the run started one; rollout-0.log, ... of several
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from megatron_opd.difficulty.weighted import REPEATS, check_convertible, write_w
 from megatron_opd.engines.command import check_engine_python
 from megatron_opd.errors import raise_together
 from megatron_opd.records import Prompt
-from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
+from megatron_opd.runtime.process import adopt_orphans, start, stop_all
 from megatron_opd.runtime.supervision import await_ready, ignore_signals, signals_raise
 from megatron_opd.train.preflight import attempt, check_context, check_model
-from megatron_opd.train.roles import server_role, server_url
+from megatron_opd.train.roles import replica_roles, server_urls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,8 +68,8 @@ class Folder:
         return self.path / "summary.json"
 
     @property
-    def log(self) -> Path:
-        return self.path / "logs" / "rollout.log"
+    def log(self, role: str) -> Path:
+        return self.path / "logs" / f"{role}.log"
 
 
 def estimate(config: Config, arguments: Sequence[str], console: DifficultyConsole) -> None:
@@ -92,7 +92,7 @@ def estimate(config: Config, arguments: Sequence[str], console: DifficultyConsol
 
 def _check(config: Config) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:
     """What the run needs. Raises OpdError: the one mistake, or a list of all."""
-    found = [] if config.rollout.server.url else attempt(lambda: check_engine_python(config.engine))
+    found = [] if config.rollout.server.urls else attempt(lambda: check_engine_python(config.engine))
     missing = attempt(lambda: check_model("student.model", config.student.model))
     if missing:
         raise_together(found + missing)  # what follows reads the model
@@ -157,17 +157,19 @@ def _sample(
     console: DifficultyConsole,
 ) -> None:
     """Start or find the engine, and sample what is missing."""
-    server, url = config.rollout.server, server_url(config.rollout.server, "rollout.server.port")
+    server, key = config.rollout.server, "rollout.server.port"
+    urls = server_urls(server, key)
     adopt_orphans()
     try:
-        child: Child | None = None
-        if server.url is None:
-            role = server_role(config, "rollout", server, config.student.model, url)
-            folder.log.parent.mkdir(exist_ok=True)
-            console.starting(folder.log)
-            child = start(role.name, role.argv, role.environment, folder.log)
+        roles, children = replica_roles(config, "rollout", server, config.student.model, urls), []
+        for role in roles:
+            log = folder.log(role.name)
+            log.parent.mkdir(exist_ok=True)
+            console.starting(log)
+            children.append(start(role.name, role.argv, role.environment, log))
+        for role, child in zip(roles, children, strict=True):
             console.ready(role.name, await_ready(child, role.ready_url, config.engine.start_timeout_s))
-        asyncio.run(sample_all(config, prompts, tokenizer, url, child, journal, console))
+        asyncio.run(sample_all(config, prompts, tokenizer, urls, children, journal, console))
     finally:
         ignore_signals()  # the clean-up is not interrupted
         console.stopping()

@@ -39,7 +39,7 @@ class DifficultyConsole(ProgressConsole):
             f"top-p {options.top_p:g}, top-k {top_k}, at most {config.rollout.max_new_tokens} tokens"
         )
         if done < total:
-            self._say(f"  engine    {server.url or 'one SGLang server of its own'}")
+            self._say(f"  engine    {', '.join(server.urls) or f'{server.replicas} SGLang server(s) of its own'}")
         self._say(f"  folder    {folder.absolute()}")
         if done == total:
             self._say("the samples are complete; only the weights are made again")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import Config
 from megatron_opd.difficulty.console import DifficultyConsole
 from megatron_opd.difficulty.journal import Journal, Sampled
+from megatron_opd.engines.connect import new_pool
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import EngineError
 from megatron_opd.records import Outcome, Prompt
-from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.process import Child
 from megatron_opd.runtime.supervision import POLL_S, death, signals_cancel
 from megatron_opd.verifiers.pool import VerifierPool
@@ -28,36 +28,36 @@ async def sample_all(
     config: Config,
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
-    url: str,
-    server: Child | None,
+    urls: list[str],
+    servers: list[Child],
     journal: Journal,
     console: DifficultyConsole,
 ) -> None:
     """Put every prompt that is not in ``journal`` into it, ``difficulty.concurrency`` of them under way at once.
 
-    server: the engine at ``url`` where this run started it. Raises ProcessError when it dies, EngineError when it
-    fails for good or its weights change, StoppedBySignal.
+    servers: the engines at ``urls`` where this run started them. Raises ProcessError when one dies, EngineError when
+    all fail for good or their weights change, StoppedBySignal.
     """
     with signals_cancel():
         async with AsyncExitStack() as stack:
-            limits = config.engine
-            client = SGLangClient(url, timeout_s=limits.request_timeout_s, max_concurrency=limits.max_concurrency)
-            stack.push_async_callback(client.close)
+            pool = new_pool(stack, "rollout", config.engine, config.rollout.server, urls)
             verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
             stack.push_async_callback(verifiers.close)
-            if server is None:
-                console.attached(url)
-                await wait_until_ready(f"{client.url}/ready", limits.start_timeout_s)
+            for client in [] if servers else pool.clients:
+                console.attached(client.url)
+                await client.wait_until_ready(config.engine.start_timeout_s)
                 await _note_another_model(client, config, console)
-            engine = RolloutEngine(client, tokenizer, config.scoring.attempts, seed=config.sampling_seed)
+            engine = RolloutEngine(pool, tokenizer, config.scoring.attempts, seed=config.sampling_seed)
             todo = iter([prompt for prompt in prompts if prompt.id not in journal.done])
             jobs = [
                 _work(config, todo, engine, verifiers, journal, console) for _ in range(config.difficulty.concurrency)
             ]
             console.sampling(len(journal.done), len(prompts))
-            await _all_or_first_failure(jobs, _until_death(server))
+            await _all_or_first_failure(jobs, _until_death(servers))
     if journal.weights != -1:
-        console.note(f"{url} has refreshed weights (version {journal.weights}), not those of {config.student.model}")
+        console.note(
+            f"{pool.where} has refreshed weights (version {journal.weights}), not those of {config.student.model}"
+        )
 
 
 async def _all_or_first_failure(work: Sequence[Coroutine], watch: Coroutine) -> None:
@@ -75,11 +75,11 @@ async def _all_or_first_failure(work: Sequence[Coroutine], watch: Coroutine) -> 
         await asyncio.gather(*tasks, watching, together, return_exceptions=True)
 
 
-async def _until_death(server: Child | None) -> None:
-    """Raise ProcessError when ``server`` ends; never return."""
-    while server is None or server.returncode is None:
+async def _until_death(servers: list[Child]) -> None:
+    """Raise ProcessError when one of ``servers`` ends; never return."""
+    while not (dead := [server for server in servers if server.returncode is not None]):
         await asyncio.sleep(POLL_S)
-    raise death(server)
+    raise death(dead[0])
 
 
 async def _work(
@@ -92,7 +92,7 @@ async def _work(
 ) -> None:
     """One prompt after another, until there are no more."""
     for prompt in todo:
-        journal.add(await _sample(config, prompt, engine, verifiers), engine.client.url)
+        journal.add(await _sample(config, prompt, engine, verifiers), engine.replicas.where)
         console.sampled()
 
 
@@ -111,7 +111,7 @@ async def _sample(config: Config, prompt: Prompt, engine: RolloutEngine, verifie
     if len(versions) != 1:
         raise EngineError(
             "The server's weights changed while a prompt was sampled",
-            where=f"{engine.client.url}, prompt {prompt.id}",
+            where=f"{engine.replicas.where}, prompt {prompt.id}",
             got=f"weight versions {sorted(versions)}",
             expected="one version",
         )

@@ -65,11 +65,15 @@ def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: st
     return argv
 
 
-def server_environment(engine: EngineConfig, server: ServerConfig) -> dict[str, str]:
-    """Environment of that server."""
+def server_environment(engine: EngineConfig, server: ServerConfig, replica: int = 0) -> dict[str, str]:
+    """Environment of that server, one of ``server.replicas``."""
     values = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
     if resolve_device(engine.device) == "cpu":
         values |= {"OMP_NUM_THREADS": "1"}
-    if server.gpus is not None:
-        values |= {"CUDA_VISIBLE_DEVICES": server.gpus}
-    return engine_environment(**values)
+    return engine_environment(**values, **gpu_variable(server, replica))
+
+
+def gpu_variable(server: ServerConfig, replica: int) -> dict[str, str]:
+    """What shows a replica its own GPUs; nothing when the config leaves that to the environment."""
+    gpus = server.gpus_of(replica)
+    return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}

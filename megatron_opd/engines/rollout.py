@@ -5,18 +5,29 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from megatron_opd.engines.sglang import Generation, Sampling, SGLangClient
+from megatron_opd.engines.sampling import Generation, Sampling
 from megatron_opd.records import Prompt, Rollout
-from megatron_opd.runtime.http import with_retries
+from megatron_opd.runtime.replicas import ReplicaPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class SamplingClient(Protocol):
+    """A server that samples."""
+
+    url: str
+
+    async def generate(
+        self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling, top_ids: int = 0
+    ) -> list[Generation]:
+        """Draw ``samples`` responses to one prompt. Raises EngineError."""
+
+
 class RolloutEngine:
-    """Samples a model behind ``client``; ``tokenizer`` only decodes, prompts come as token ids.
+    """Samples a model behind one or more servers; ``tokenizer`` only decodes, prompts come as token ids.
 
     ``top_ids``: most likely ids that are fetched in the place of each token; 0 fetches none. ``seed``: of all
     responses, which then depend on nothing but the weights; needs a server in deterministic mode. None: no seeds.
@@ -24,13 +35,13 @@ class RolloutEngine:
 
     def __init__(
         self,
-        client: SGLangClient,
+        replicas: ReplicaPool[SamplingClient],
         tokenizer: PreTrainedTokenizerBase,
         attempts: int,
         top_ids: int = 0,
         seed: int | None = None,
     ) -> None:
-        self.client = client
+        self.replicas = replicas
         self._tokenizer = tokenizer
         self._attempts = attempts
         self._top_ids = top_ids
@@ -47,19 +58,22 @@ class RolloutEngine:
         top_p: float = 1.0,
         top_k: int | None = None,
     ) -> list[Rollout]:
-        """``samples`` rollouts of ``prompt``, all tried again when the server fails. Raises EngineError."""
+        """``samples`` rollouts of ``prompt``, all of one replica, and tried again when it fails. Raises EngineError."""
         sampling = Sampling(max_new_tokens, temperature, (self._tokenizer.eos_token_id,), top_p, top_k)
         if self._seed is None:
-            generations = await self._generate(prompt, samples, sampling)
+            generations = await self._generate(prompt, group, samples, sampling)
         else:  # the responses of one request would share its seed
             seeds = [response_seed(self._seed, prompt.id, group, number) for number in range(samples)]
-            single = [self._generate(prompt, 1, replace(sampling, seed=seed)) for seed in seeds]
+            single = [self._generate(prompt, group, 1, replace(sampling, seed=seed)) for seed in seeds]
             generations = [generation for part in await asyncio.gather(*single) for generation in part]
         return [self._rollout(prompt, group, generation) for generation in generations]
 
-    async def _generate(self, prompt: Prompt, samples: int, sampling: Sampling) -> list[Generation]:
-        return await with_retries(
-            self._attempts, lambda: self.client.generate(prompt.token_ids, samples, sampling, self._top_ids)
+    async def _generate(self, prompt: Prompt, group: int, samples: int, sampling: Sampling) -> list[Generation]:
+        return await self.replicas.call(
+            (group, prompt.id),
+            len(prompt.token_ids) + samples * sampling.max_new_tokens,
+            self._attempts,
+            lambda client: client.generate(prompt.token_ids, samples, sampling, self._top_ids),
         )
 
     def _rollout(self, prompt: Prompt, group: int, generation: Generation) -> Rollout:

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import uuid
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_opd.engines import sglang_scores
+from megatron_opd.engines.client import EngineClient
+from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
+from megatron_opd.engines.scores import Served
+from megatron_opd.engines.sglang_scores import split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
-from megatron_opd.runtime.http import TransientError, fetch, new_session
+from megatron_opd.runtime.http import BadReply, TransientError
 
 # From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
 FIRST_WITH_BRACKETS = (0, 5, 21)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw a response. ``stop_token_ids`` end it and belong to it."""
-
-    max_new_tokens: int
-    temperature: float  # 0 is greedy
-    stop_token_ids: tuple[int, ...]
-    top_p: float = 1.0  # nucleus; the log-probs that come back are those of the whole distribution all the same
-    top_k: int | None = None  # most likely tokens to draw from; None: all
-    seed: int | None = None  # of the response, 0 .. 2**63 - 1; only a server in deterministic mode heeds it
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """One sampled response of R tokens, as the server returned it, checked."""
-
-    token_ids: np.ndarray  # [R] int64
-    logprobs: np.ndarray  # [R] float32, of the sampled tokens; at temperature 1 those of the model
-    versions: np.ndarray  # [R] int64, weight version of each token; -1 before the first refresh
-    finish_reason: str  # "stop" or "length"
-    top_ids: np.ndarray | None  # [R, K] int64, most likely first, before top_p and top_k; None when not asked for
+TOP_ID_BYTES = 64  # of one most likely token of a sampled one, which come as lists
 
 
 @dataclass(frozen=True)
@@ -47,16 +30,12 @@ class WeightBucket:
     shapes: list[list[int]]
 
 
-class SGLangClient:
-    """One server. Not bound to a task: any number of requests may be under way."""
+class SGLangClient(EngineClient):
+    """One server."""
 
-    def __init__(self, url: str, *, timeout_s: float, max_concurrency: int) -> None:
-        self.url = url.rstrip("/")
-        self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency)
-        self._release: tuple[int, ...] | None = None  # of SGLang, asked for once
-
-    async def close(self) -> None:
-        await self._session.close()
+    ready_path = "/ready"
+    read_scores = staticmethod(sglang_scores.read_scores)
+    _release: tuple[int, ...] | None = None  # of SGLang, asked for once
 
     # ------------------------------------------------------------------ facts
 
@@ -71,6 +50,12 @@ class SGLangClient:
     async def weight_version(self) -> str:
         """The server's current weight version; "default" before the first refresh."""
         return (await self._get("/model_info"))["weight_version"]
+
+    async def served(self) -> Served:
+        """What the server says of itself."""
+        model, server = await self._get("/model_info"), await self.server_info()
+        longest = server["max_req_input_len"] - 1  # SGLang refuses one of that length too
+        return Served(model["model_path"], model["weight_version"], longest, reply_model=None)
 
     # --------------------------------------------------------------- sampling
 
@@ -98,7 +83,9 @@ class SGLangClient:
             body["sampling_params"]["sampling_seed"] = sampling.seed
         if top_ids:
             body["top_logprobs_num"] = top_ids
-        answer = await self._post("/generate", body)
+        new = sampling.max_new_tokens
+        longest = sglang_scores.REST_BYTES + samples * new * (LARGEST_ANSWER_TOKEN + TOP_ID_BYTES * top_ids)
+        answer = await self._post("/generate", body, prompt_tokens=len(prompt_ids), new_tokens=new, max_bytes=longest)
         replies = answer if isinstance(answer, list) else [answer]
         self._check(len(replies) == samples, "number of responses", len(replies), samples)
         try:
@@ -154,7 +141,19 @@ class SGLangClient:
         if top_k:
             body["top_logprobs_num"] = top_k
             body |= {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
-        return await self._post("/generate", body)
+        body["rid"] = uuid.uuid4().hex
+        longest = sglang_scores.longest_answer(len(token_ids) - start, top_k)
+        reply = await self._post("/generate", body, prompt_tokens=len(token_ids), max_bytes=longest)
+        self._check_request(reply, body["rid"])
+        return reply
+
+    def _check_request(self, reply: object, name: str) -> None:
+        """Two prompts may end in the same response: ids alone do not tell whose answer this is."""
+        meta = reply.get("meta_info") if isinstance(reply, dict) else None
+        answered = meta.get("id") if isinstance(meta, dict) else None
+        if answered != name:
+            what = "The answer is to another request"
+            raise BadReply(what, kind="other_request", where=self.url, got=answered, expected=name)
 
     # ---------------------------------------------------------------- weights
 
@@ -208,27 +207,3 @@ class SGLangClient:
         """A weight endpoint: its 200 answer says whether it succeeded."""
         answer = await self._post(path, body)
         self._check(answer.get("success", True) is True, f"answer of {path}", answer, "success: true")
-
-    async def _get(self, path: str) -> dict:
-        return self._json(path, (await fetch(self._session, "GET", self.url + path))[1])
-
-    async def _post(self, path: str, body: dict) -> dict:
-        return self._json(path, (await fetch(self._session, "POST", self.url + path, json=body))[1])
-
-    def _json(self, path: str, body: bytes) -> dict:
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise EngineError("The server's answer is no JSON", where=self.url + path, got=body[:200]) from error
-
-    def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
-        if not ok:
-            raise EngineError(f"The server's {what} is wrong", where=self.url, got=got, expected=expected)
-
-
-def split_rows(rows: list) -> tuple[np.ndarray, np.ndarray]:
-    """``[[logprob or null, id, text], ...]`` to log-probs (null becomes NaN) and ids, without a loop over tokens."""
-    if not rows:
-        return np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-    logprobs, ids, _ = zip(*rows, strict=True)
-    return np.array(logprobs, dtype=np.float32), np.array(ids, dtype=np.int64)

@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from megatron_opd.errors import ConfigError
+
 TOKEN = "OPD_TOKEN"  # bearer token of the coordinator; made anew for each run, never written to a file
 
 
@@ -17,6 +19,14 @@ def new_token() -> str:
 def token() -> str:
     """The bearer token that this process was started with."""
     return os.environ[TOKEN]
+
+
+def secret(name: str) -> str:
+    """The value of a variable that holds a key. Raises ConfigError, which names the variable, when there is none."""
+    value = os.environ.get(name, "")
+    if not value:
+        raise ConfigError("The environment lacks a key", where="api_key_env", got=f"{name} is empty or not set")
+    return value
 
 
 def rank() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import TypeVar
 
 import aiohttp
@@ -15,37 +17,84 @@ Result = TypeVar("Result")
 
 # An idle connection is given up before the servers give it up (uvicorn: 5 s), or a request would meet a closed one.
 IDLE_S = 2.0
+CONNECT_S = 10.0
+READY_S = 5.0  # longest wait for an answer about readiness
+TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
 
 
 class TransientError(EngineError):
-    """A failure that another try may cure: no connection, a timeout, or a 5xx answer."""
+    """A failure that another try may cure: no connection, a timeout, a 5xx answer, or no JSON."""
+
+
+class BadReply(EngineError):
+    """An answer that cannot be true, or cannot be read: it is not used, and says something about the server."""
 
 
 def new_session(*, timeout_s: float, max_connections: int = 256, token: str | None = None) -> aiohttp.ClientSession:
     """A session for one server. ``timeout_s`` bounds one request; a connection must stand within 10 s."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=IDLE_S),
-        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10),
+        timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S),
         headers={"Authorization": f"Bearer {token}"} if token else None,
         trust_env=False,
     )
 
 
 async def fetch(
-    session: aiohttp.ClientSession, method: str, url: str, *, json: object = None, data: bytes | None = None
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    *,
+    json: object = None,
+    data: bytes | None = None,
+    max_bytes: int | None = None,
+    timeout_s: float | None = None,
 ) -> tuple[int, bytes]:
-    """One request: status and body. Raises TransientError or, for a 4xx answer, EngineError with the server's words."""
+    """One request: status and body. ``timeout_s`` takes the place of the session's.
+
+    Raises TransientError; for a 4xx answer EngineError with the server's words; BadReply as soon as an answer is longer
+    than ``max_bytes``, of which no more is read.
+    """
+    timeout = session.timeout if timeout_s is None else aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
     try:
-        async with session.request(method, url, json=json, data=data) as response:
-            body = await response.read()
-            status = response.status
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise TransientError("A server did not answer", where=url, got=f"{type(error).__name__}: {error}") from error
+        async with session.request(method, url, json=json, data=data, timeout=timeout) as response:
+            body, status = await _read(response, url, max_bytes), response.status
+    except TimeoutError as error:
+        got = f"{type(error).__name__}: {error}"
+        raise TransientError("A server did not answer in time", kind="timeout", where=url, got=got) from error
+    except aiohttp.ClientError as error:
+        got = f"{type(error).__name__}: {error}"
+        raise TransientError("A server did not answer", kind="no_answer", where=url, got=got) from error
     if status >= 400:
-        kind = TransientError if status >= 500 else EngineError
+        kind, name = (TransientError, "server_error") if status in TRANSIENT_STATUS else (EngineError, "refused")
+        name = "denied" if status in (401, 403) else name
         said = body[:500].decode(errors="replace")
-        raise kind("A server refused a request", where=url, got=f"{status} {said}", expected="200")
+        raise kind("A server refused a request", kind=name, where=url, got=f"{status} {said}", expected="200")
     return status, body
+
+
+async def _read(response: aiohttp.ClientResponse, url: str, max_bytes: int | None) -> bytes:
+    if max_bytes is None:
+        return await response.read()
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            response.close()  # or leaving the request would read the rest
+            raise BadReply(
+                "A server's answer is longer than it can be", kind="too_large", where=url, expected=f"{max_bytes} bytes"
+            )
+    return b"".join(parts)
+
+
+def parse_json(body: bytes, url: str) -> object:
+    """The answer as JSON, the only format that is taken from another server. Raises TransientError."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        said = body[:200].decode(errors="replace")
+        raise TransientError("A server's answer is no JSON", kind="malformed", where=url, got=said) from error
 
 
 async def with_retries(attempts: int, call: Callable[[], Awaitable[Result]]) -> Result:
@@ -61,15 +110,21 @@ async def with_retries(attempts: int, call: Callable[[], Awaitable[Result]]) -> 
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-async def wait_until_ready(url: str, timeout_s: float) -> None:
-    """Poll ``url`` until it answers 200. Raises EngineError, with the last answer, after ``timeout_s``."""
+async def wait_until_ready(url: str, timeout_s: float, session: aiohttp.ClientSession | None = None) -> None:
+    """Poll ``url``, in a session of its own or in ``session``, until it answers 200.
+
+    Raises EngineError, with the last answer, after ``timeout_s``, and at once when the server denies access.
+    """
     deadline = asyncio.get_running_loop().time() + timeout_s
-    async with new_session(timeout_s=5) as session:
+    async with AsyncExitStack() as stack:
+        session = session or await stack.enter_async_context(new_session(timeout_s=READY_S))
         while True:
             try:
-                await fetch(session, "GET", url)
+                await fetch(session, "GET", url, timeout_s=READY_S)
                 return
             except EngineError as error:
+                if error.kind == "denied":
+                    raise
                 if asyncio.get_running_loop().time() > deadline:
                     what = f"A server did not become ready in {timeout_s:g} s"
                     raise EngineError(what, where=url, got=error.got, expected="200") from error

@@ -24,9 +24,9 @@ class Endpoints:
     """Addresses of the run's servers, fixed before anything starts."""
 
     coordinator: str
-    rollout: str
-    teachers: dict[str, str]  # domain -> URL
-    reference: str | None  # the free reference; None without one
+    rollout: list[str]  # URLs of all replicas, as in the next two
+    teachers: dict[str, list[str]]  # by domain
+    reference: list[str]  # the free reference; empty without one
     weights_host: str  # address at which the trainer's rank 0 opens the broadcast group
     weights_port: int
 

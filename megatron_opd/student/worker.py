@@ -12,8 +12,9 @@ from megatron.core import parallel_state
 
 from megatron_opd.config import Config
 from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.errors import ConfigError
 from megatron_opd.observe.role import run_role
-from megatron_opd.runtime.env import rank
+from megatron_opd.runtime.env import rank, secret
 from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.messages import RefreshReport, TrainerInfo
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
@@ -77,11 +78,17 @@ async def train(run: RunDirectory) -> None:
 
 
 async def _connect(stack: AsyncExitStack, config: Config, endpoints: Endpoints, student: Student) -> WeightRefresh:
-    client = None
+    clients: list[SGLangClient] = []
     if rank() == 0:
-        await wait_until_ready(f"{endpoints.rollout}/ready", config.engine.start_timeout_s)
-        client = SGLangClient(endpoints.rollout, timeout_s=config.refresh.timeout_s, max_concurrency=4)
-        stack.push_async_callback(client.close)
+        key_name = config.rollout.server.api_key_env
+        key = secret(key_name) if key_name else None
+        for url in endpoints.rollout:
+            await wait_until_ready(f"{url}/ready", config.engine.start_timeout_s)
+            clients.append(SGLangClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4, api_key=key))
+            stack.push_async_callback(clients[-1].close)
+    if len(clients) > 1:
+        raise ConfigError("Only one rollout engine can be refreshed", where="rollout.server", got=endpoints.rollout)
+    client = clients[0] if clients else None
     return await WeightRefresh.connect(
         config.refresh, client, endpoints.weights_host, endpoints.weights_port, student.bridge.vocab_size
     )

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.engines.scores import ScoringClient, Served
 from megatron_opd.errors import EngineError
 from megatron_opd.records import Dropped, Rollout, Scored, Verified
-from megatron_opd.runtime.http import with_retries
-from megatron_opd.teachers.scoring import Scores, ScoringError, score
+from megatron_opd.runtime.replicas import ReplicaPool
+from megatron_opd.teachers.scoring import Scores, ScoringError, score, score_request
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """One frozen model behind one server."""
+    """One frozen model behind one or more servers."""
 
     domain: str  # that it is the expert of; of the free reference only a name
-    client: SGLangClient
+    replicas: ReplicaPool[ScoringClient]
     vocab_size: int
+    served: dict[str, Served]  # URL to what that replica said of itself at the start
 
 
 class TeacherPool:
@@ -47,6 +48,12 @@ class TeacherPool:
         self._top_k = top_k
         self._student_vocab_size = student_vocab_size
 
+    @property
+    def pools(self) -> list[ReplicaPool[ScoringClient]]:
+        """The replicas of every model."""
+        models = [*self.teachers.values(), *filter(None, [self.reference])]
+        return [model.replicas for model in models]
+
     async def score(self, verified: Verified) -> Scored | Dropped:
         """The rollout with its log-probs, or why one of them is missing. Never a number in their place."""
         rollout = verified.rollout
@@ -58,28 +65,33 @@ class TeacherPool:
         for answer in answers:
             if isinstance(answer, Dropped):
                 return answer
-        reference_logprobs = None if self.reference is None else answers[1].logprobs
-        return Scored(verified, teacher.domain, answers[0].logprobs, reference_logprobs, answers[0].top)
+        own, reference_logprobs = answers[0], None if self.reference is None else answers[1].logprobs
+        return Scored(verified, teacher.domain, own.logprobs, reference_logprobs, own.top, own.prefilled)
 
     async def _ask(self, teacher: Teacher, rollout: Rollout, top_k: int) -> Scores | Dropped:
-        prompt_ids = np.array(rollout.prompt.token_ids, dtype=np.int64)
         try:
-            scores = await with_retries(
-                self._attempts,
-                lambda: score(teacher.client, prompt_ids, rollout.token_ids, teacher.vocab_size, top_k),
-            )
-            self._check_top_ids(teacher, scores)
-            return scores
-        except EngineError as error:
-            return Dropped(rollout.prompt.id, rollout.prompt.domain, "score", f"{teacher.domain}: {error}")
+            prompt_ids = np.array(rollout.prompt.token_ids, dtype=np.int64)
+            request = score_request(prompt_ids, rollout.token_ids, teacher.vocab_size, top_k)
 
-    def _check_top_ids(self, teacher: Teacher, scores: Scores) -> None:
+            async def ask(client: ScoringClient) -> Scores:
+                scores = await score(client, request, teacher.served.get(client.url))
+                self._check_top_ids(client, scores)
+                return scores
+
+            # The key keeps the samples of a group together: one replica's cache then holds their prompt.
+            return await teacher.replicas.call(rollout.group, len(request.token_ids), self._attempts, ask)
+        except EngineError as error:
+            prompt = rollout.prompt
+            return Dropped(prompt.id, prompt.domain, "score", f"{teacher.domain}: {error}", error.kind)
+
+    def _check_top_ids(self, client: ScoringClient, scores: Scores) -> None:
         largest = -1 if scores.top is None else int(scores.top.ids.max())
         if largest >= self._student_vocab_size:
             expected = f"0..{self._student_vocab_size - 1}"
             raise ScoringError(
                 "A likely token of the teacher is not in the student's vocabulary",
-                where=teacher.client.url,
+                kind="student_vocabulary",
+                where=client.url,
                 got=largest,
                 expected=expected,
             )

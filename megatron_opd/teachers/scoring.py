@@ -1,10 +1,9 @@
 """The scoring contract: what a teacher's answer must satisfy before one of its numbers is used.
 
-A request asks for the response only (``start = P - 1``), so the prompt can come from the prefix cache. The answer has
-one row for each position from ``start`` on; the first has no log-prob, because nothing asked predicts it. Count, echoed
-ids, finiteness, sign, prompt length and cache use are all checked, and so is what must hold of the K most likely tokens
-(``engines.top_rows``): a server that shifts, shortens or mixes up its answers would otherwise train the student on
-noise without a word.
+A request asks for the response only (``start = P - 1``), so the prompt can come from the prefix cache. Whatever the
+engine, its answer must be to this request, about these tokens, complete, finite, of probabilities, and of the model and
+weights that the server had at the start; docs/teachers.md lists every check. A server that shifts, shortens or mixes up
+its answers would otherwise train the student on noise without a word.
 """
 
 from __future__ import annotations
@@ -13,14 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_opd.engines.sglang import SGLangClient, split_rows
-from megatron_opd.engines.top_rows import LARGEST_LOGPROB, Check, check_rows, rows_from_base64
+from megatron_opd.engines.scores import PromptScores, Require, ScoreRequest, ScoringClient, Served
+from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows
 from megatron_opd.errors import EngineError
 from megatron_opd.records import TopRows
+from megatron_opd.runtime.http import BadReply
 
 
-class ScoringError(EngineError):
+class ScoringError(BadReply):
     """A teacher's answer breaks the contract: its rollout is dropped and counted."""
+
+
+class UnfitRequest(EngineError):
+    """What a teacher must not be asked: one id outside its vocabulary ends some servers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,67 +33,82 @@ class Scores:
 
     logprobs: np.ndarray  # [R] float32, of the response's tokens
     top: TopRows | None  # the most likely tokens in their places; None when not asked for
+    prefilled: int  # tokens of prompt and response that the server computed: all but those from its prefix cache
 
 
-async def score(
-    client: SGLangClient, prompt_ids: np.ndarray, response_ids: np.ndarray, vocab_size: int, top_k: int
-) -> Scores:
-    """The response under the teacher behind ``client``, with its ``top_k`` most likely tokens; 0 asks for none.
+def score_request(prompt_ids: np.ndarray, response_ids: np.ndarray, vocab_size: int, top_k: int) -> ScoreRequest:
+    """A request that no server can be hurt by. Raises UnfitRequest."""
+    prompt_length, length = len(prompt_ids), len(response_ids)
+    if not (prompt_length > 0 and length > 0):
+        raise UnfitRequest(
+            "A request lacks a part", kind="request", got=(prompt_length, length), expected="a prompt and a response"
+        )
+    token_ids = np.concatenate([prompt_ids, response_ids])
+    smallest, largest = int(token_ids.min()), int(token_ids.max())
+    if smallest < 0 or largest >= vocab_size:
+        got = smallest if smallest < 0 else largest
+        what = "A token id is outside the teacher's vocabulary"
+        raise UnfitRequest(what, kind="vocabulary", got=got, expected=f"0..{vocab_size - 1}")
+    if not 0 <= top_k <= vocab_size:
+        what = "A teacher's top_k is wrong"
+        raise UnfitRequest(
+            what, kind="request", got=top_k, expected=f"at most {vocab_size}, the size of its vocabulary"
+        )
+    return ScoreRequest(token_ids, prompt_length, top_k, vocab_size)
+
+
+async def score(client: ScoringClient, request: ScoreRequest, served: Served | None = None) -> Scores:
+    """The response under the teacher behind ``client``, which must still be ``served``; None: not known yet.
 
     Raises ScoringError when the answer breaks the contract, EngineError or TransientError when there is none.
     """
-    check = _checker(client)
-    prompt_length, length = len(prompt_ids), len(response_ids)
-    token_ids = np.concatenate([prompt_ids, response_ids])
-    check(prompt_length > 0 and length > 0, "request", (prompt_length, length), "a prompt and a response")
-    # One id outside the vocabulary ends the whole server, as does a larger top_k: neither must leave this process.
-    largest = int(token_ids.max())
-    check(0 <= int(token_ids.min()) and largest < vocab_size, "token id", largest, f"0..{vocab_size - 1}")
-    check(0 <= top_k <= vocab_size, "top_k", top_k, f"at most {vocab_size}, the size of its vocabulary")
-    reply = await client.prompt_logprobs(token_ids.tolist(), start=prompt_length - 1, top_k=top_k)
+    require = _requirement(client)
+    reply = await client.prompt_logprobs(request.token_ids.tolist(), start=request.start, top_k=request.top_k)
     try:
-        meta = reply["meta_info"]
-        logprobs = _logprobs(meta, token_ids, prompt_length, vocab_size, check)
-        top = _top_rows(meta, response_ids, logprobs, vocab_size, top_k, check) if top_k else None
+        found = client.read_scores(reply, request, require)
+        _check_account(found, request, require)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ScoringError("A teacher's answer is malformed", where=client.url, got=repr(error)) from error
-    return Scores(logprobs, top)
+        what = "A teacher's answer is malformed"
+        raise ScoringError(what, kind="malformed", where=client.url, got=repr(error)) from error
+    if served is not None:
+        _check_identity(found, served, require)
+    _check_values(found, request, require)
+    return Scores(found.logprobs, found.top, len(request.token_ids) - (found.cached_tokens or 0))
 
 
-def _logprobs(meta: dict, token_ids: np.ndarray, prompt_length: int, vocab_size: int, check: Check) -> np.ndarray:
-    """The response's log-probs [R]."""
-    rows, prompt_tokens, cached = meta["input_token_logprobs"], meta["prompt_tokens"], meta["cached_tokens"]
-    logprobs, echoed = split_rows(rows)
-    finish, start = meta["finish_reason"]["type"], prompt_length - 1
-    check(finish == "length", "finish reason", finish, "length")
-    check(prompt_tokens == len(token_ids), "prompt length", prompt_tokens, len(token_ids))
-    check(cached <= start, "cached tokens", cached, f"at most {start}, or rows would be missing")
-    check(len(rows) == len(token_ids) - start, "number of rows", len(rows), len(token_ids) - start)
-    check(bool(np.isnan(logprobs[0])), "first row", logprobs[0], "null: nothing predicts it")
-    # SGLang echoes an id as 0 when it is the vocabulary's last one or lies in its padding.
-    asked = token_ids[start:]
-    same = (echoed == asked) | ((asked >= vocab_size - 1) & (echoed == 0))
-    check(bool(same.all()), "echoed ids", echoed[~same][:4], asked[~same][:4])
-    values = logprobs[1:]
-    check(bool(np.isfinite(values).all()), "log-probs", "a value that is not finite", "finite values")
-    check(bool((values <= LARGEST_LOGPROB).all()), "log-probs", values.max(), "at most 0")
-    return values
+def _check_account(found: PromptScores, request: ScoreRequest, require: Require) -> None:
+    """What the server says of its own work."""
+    length, start, cached = len(request.token_ids), request.start, found.cached_tokens
+    require(found.finish_reason == "length", "finish", "finish reason", found.finish_reason, "length")
+    require(found.prompt_tokens == length, "prompt_length", "prompt length", found.prompt_tokens, length)
+    fits = cached is None or 0 <= cached <= start
+    require(fits, "cached", "cached tokens", cached, f"0 to {start}, or rows would be missing")
 
 
-def _top_rows(
-    meta: dict, response_ids: np.ndarray, logprobs: np.ndarray, vocab_size: int, top_k: int, check: Check
-) -> TopRows:
-    """The most likely tokens in the place of each of the response's, [R, K]."""
-    top = rows_from_base64(meta, len(response_ids), top_k, check)
-    largest = int(top.ids.max())
-    check(largest < vocab_size, "top-k ids", largest, f"0..{vocab_size - 1}")
-    check_rows(top, response_ids, logprobs, check)
-    return top
+def _check_identity(found: PromptScores, served: Served, require: Require) -> None:
+    """The model and its weights are those that the server had at the start."""
+    if served.reply_model is not None:
+        require(found.model == served.reply_model, "model", "model", found.model, served.reply_model)
+    if served.weight_version is not None:
+        versions = found.weight_version, served.weight_version
+        require(versions[0] == versions[1], "weights", "weight version", *versions)
 
 
-def _checker(client: SGLangClient) -> Check:
-    def check(ok: bool, what: str, got: object, expected: object) -> None:
+def _check_values(found: PromptScores, request: ScoreRequest, require: Require) -> None:
+    """Log-probs are finite and at most 0; rows are what rows can be."""
+    values = found.logprobs
+    require(bool(np.isfinite(values).all()), "not_finite", "log-probs", "a value that is not finite", "finite values")
+    require(bool((values <= LARGEST_LOGPROB).all()), "positive", "log-probs", values.max(), "at most 0")
+    if found.top is not None:
+        largest = int(found.top.ids.max())
+        require(largest < request.vocab_size, "top_k", "top-k ids", largest, f"0..{request.vocab_size - 1}")
+        check_rows(found.top, request.response_ids, values, lambda ok, *told: require(ok, "top_k", *told))
+
+
+def _requirement(client: ScoringClient) -> Require:
+    def require(ok: bool, kind: str, what: str, got: object, expected: object) -> None:
         if not ok:
-            raise ScoringError(f"A teacher's {what} is wrong", where=client.url, got=got, expected=expected)
+            what = f"A teacher's {what} is wrong"
+            raise ScoringError(what, kind=kind, where=client.url, got=got, expected=expected)
 
-    return check
+    return require

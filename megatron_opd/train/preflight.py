@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, ServerConfig
 from megatron_opd.data.inputs import read_inputs
-from megatron_opd.data.tokenizer import load_tokenizer, same_tokenizer
-from megatron_opd.engines.command import check_engine_python
+from megatron_opd.data.tokenizer import load_tokenizer, same_template, same_tokenizer
+from megatron_opd.engines.command import check_engine_python, resolve_device
+from megatron_opd.engines.vllm_command import check_vllm_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
+from megatron_opd.runtime.env import secret
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
 
 
@@ -21,9 +23,8 @@ def preflight(config: Config) -> None:
 def _mistakes(config: Config) -> Iterator[OpdError]:
     frozen = {f"teachers.{domain}": teacher for domain, teacher in config.teachers.items()}
     frozen |= {"reference": config.reference} if config.reference else {}
-    servers = [config.rollout.server, *(teacher.server for teacher in frozen.values())]
-    if any(server.url is None for server in servers):
-        yield from attempt(lambda: check_engine_python(config.engine))
+    servers = {"rollout.server": config.rollout.server} | config.frozen_servers
+    yield from _server_mistakes(config, servers)
     models = {"student.model": config.student.model}
     models |= {f"{key}.model": teacher.model for key, teacher in frozen.items()}
     missing = [error for key, model in models.items() for error in attempt(lambda k=key, m=model: check_model(k, m))]
@@ -34,9 +35,31 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
     for key, model in models.items():
         yield from attempt(lambda k=key, m=model: check_context(k, m, config))
         yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
-    for teacher in frozen.values():
-        yield from attempt(lambda m=teacher.model: same_tokenizer(config.student.model, m))
+    for key, teacher in frozen.items():
+        yield from attempt(lambda t=teacher: same_tokenizer(config.student.model, t.model))
+        if not teacher.other_template:
+            yield from attempt(lambda k=key, t=teacher: same_template(config.student.model, t.model, k))
     yield from attempt(lambda: read_inputs(config, load_tokenizer(config.student.model)))
+
+
+def _server_mistakes(config: Config, servers: dict[str, ServerConfig]) -> Iterator[OpdError]:
+    """Environments that are lacking: of engines to start, and of keys of engines to attach to."""
+    engines = {server.engine for server in servers.values() if not server.urls}
+    checks = {"sglang": check_engine_python, "vllm": check_vllm_python}
+    for engine in sorted(engines):
+        yield from attempt(lambda e=engine: checks[e](config.engine))
+    for server in servers.values():
+        if server.api_key_env is not None:
+            yield from attempt(lambda s=server: secret(s.api_key_env))
+    on_gpu = resolve_device(config.engine.device) == "cuda"
+    for key in [key for key, server in servers.items() if on_gpu and server.replicas > 1 and server.gpus is None]:
+        yield ConfigError(
+            "Several servers would share the same GPUs",
+            where=f"{key}.gpus",
+            got="null",
+            expected=f"GPUs for {servers[key].replicas} replicas",
+            fix=f'set {key}.gpus, for example "0,1"; they are dealt out evenly, in order',
+        )
 
 
 def attempt(check: Callable[[], object]) -> list[OpdError]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.engines.sglang import Sampling, SGLangClient
 from megatron_opd.errors import EngineError
-from megatron_opd.teachers.scoring import score
+from megatron_opd.teachers.scoring import score, score_request
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = (1, 270, 300, 40, 41, 42, 60, 2, 1, 280)
@@ -60,7 +60,7 @@ async def test_scores_equal_transformers_cold_and_warm(client, reference, length
     response[-1] = VOCAB - 1  # SGLang echoes the vocabulary's last id as 0
     expected = slow_logprobs(reference, [*prompt.tolist(), *response.tolist()])[len(prompt) - 1 :]
     for _ in range(3):  # the prefix cache must change nothing
-        values = (await score(client, prompt, response, VOCAB, 0)).logprobs
+        values = (await score(client, score_request(prompt, response, VOCAB, 0))).logprobs
         assert values.shape == (length,) and np.abs(values - expected).max() <= TOLERANCE
 
 
@@ -79,7 +79,7 @@ async def test_prompt_log_probs_ignore_the_temperature_and_sampled_ones_do_not(c
     scaled = slow_logprobs(reference, token_ids, temperature=2.0)[len(PROMPT) - 1 :]
     assert np.abs(generation.logprobs - scaled).max() <= TOLERANCE
     plain = slow_logprobs(reference, token_ids)[len(PROMPT) - 1 :]
-    scores = await score(client, np.array(PROMPT), generation.token_ids, VOCAB, 0)
+    scores = await score(client, score_request(np.array(PROMPT), generation.token_ids, VOCAB, 0))
     assert np.abs(scores.logprobs - plain).max() <= TOLERANCE
 
 

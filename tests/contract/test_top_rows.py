@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pools import pool_of
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.data.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import Sampling, SGLangClient
 from megatron_opd.records import Outcome, Prompt, TopRows, Verified
 from megatron_opd.teachers.pool import Teacher, TeacherPool
-from megatron_opd.teachers.scoring import score
+from megatron_opd.teachers.scoring import score, score_request
 
 MODELS = Path(__file__).resolve().parents[2] / "tools" / "toy" / "models"
 PROMPT = Prompt("p", "math", "?", (1, 270, 300, 40, 41, 42, 60, 2, 1, 280), "1")
@@ -81,14 +82,14 @@ async def test_scored_rows_equal_transformers_cold_and_warm(clients, models, k: 
     response = response_of(length)
     expected = all_logprobs(models["math"], response)
     for _ in range(3):  # the prefix cache must change nothing
-        scores = await score(clients["math"], np.array(PROMPT.token_ids), response, VOCAB, k)
+        scores = await score(clients["math"], score_request(np.array(PROMPT.token_ids), response, VOCAB, k))
         assert_rows(scores.top, expected, k)
         assert np.abs(scores.logprobs - expected[range(length), response]).max() <= TOLERANCE
 
 
 async def test_a_row_of_the_whole_vocabulary_has_every_id_once_and_the_last_one_unclipped(clients, models) -> None:
     response = response_of(9)
-    scores = await score(clients["math"], np.array(PROMPT.token_ids), response, VOCAB, VOCAB)
+    scores = await score(clients["math"], score_request(np.array(PROMPT.token_ids), response, VOCAB, VOCAB))
     assert (np.sort(scores.top.ids, axis=1) == np.arange(VOCAB)).all()
     expected = np.take_along_axis(all_logprobs(models["math"], response), scores.top.ids, axis=1)
     assert np.abs(scores.top.logprobs - expected).max() <= TOLERANCE
@@ -97,7 +98,8 @@ async def test_a_row_of_the_whole_vocabulary_has_every_id_once_and_the_last_one_
 async def test_requests_for_different_numbers_of_tokens_do_not_mix(clients, models) -> None:
     jobs = [(length, k) for length in (3, 8, 21) for k in (0, 1, 5, 16)]
     prompt = np.array(PROMPT.token_ids)
-    answers = await asyncio.gather(*(score(clients["math"], prompt, response_of(n), VOCAB, k) for n, k in jobs))
+    requests = [score_request(prompt, response_of(length), VOCAB, k) for length, k in jobs]
+    answers = await asyncio.gather(*(score(clients["math"], request) for request in requests))
     for (length, k), scores in zip(jobs, answers, strict=True):
         assert (scores.top is None) == (k == 0)
         if k:
@@ -118,7 +120,7 @@ async def test_what_the_server_sends_for_a_prompt(clients) -> None:
 
 @pytest.mark.parametrize("k", [1, 5])
 async def test_sampled_rows_equal_transformers(clients, models, k: int) -> None:
-    engine = RolloutEngine(clients["student"], load_tokenizer(MODELS / "student"), 1, k)
+    engine = RolloutEngine(pool_of(clients["student"]), load_tokenizer(MODELS / "student"), 1, k)
     rollouts = await engine.sample_group(PROMPT, 0, 4, 24)
     assert len(rollouts) == 4
     for rollout in rollouts:
@@ -133,12 +135,16 @@ async def test_sampled_rows_are_of_the_whole_distribution_however_it_is_drawn_fr
 
 
 async def test_teacher_and_free_reference_score_a_rollout_each_with_its_own_model(clients, models) -> None:
-    (rollout,) = await RolloutEngine(clients["student"], load_tokenizer(MODELS / "student"), 1).sample_group(
+    (rollout,) = await RolloutEngine(pool_of(clients["student"]), load_tokenizer(MODELS / "student"), 1).sample_group(
         PROMPT, 0, 1, 24
     )
-    reference = Teacher("reference", clients["code"], VOCAB)
+    reference = Teacher("reference", pool_of(clients["code"]), VOCAB, {})
     pool = TeacherPool(
-        [Teacher("math", clients["math"], VOCAB)], 1, reference=reference, top_k=5, student_vocab_size=VOCAB
+        [Teacher("math", pool_of(clients["math"]), VOCAB, {})],
+        1,
+        reference=reference,
+        top_k=5,
+        student_vocab_size=VOCAB,
     )
     scored = await pool.score(Verified(rollout, Outcome.CORRECT, "equal"))
     places = range(len(rollout.token_ids)), rollout.token_ids

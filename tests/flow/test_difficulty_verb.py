@@ -34,7 +34,7 @@ def run_difficulty(servers: Servers, prompts: Path, tmp_path: Path) -> Iterator[
     def begin(*overrides: str) -> Run:
         output = tmp_path / f"{len(runs)}.out"
         argv = [str(COMMAND), "difficulty", str(TOY), f"data.train={prompts}", f"difficulty.samples={SAMPLES}"]
-        argv += [f"rollout.server.url={servers.rollout}", f"difficulty.output={tmp_path / 'out'}", *overrides]
+        argv += [f"rollout.server.urls=[{servers.rollout}]", f"difficulty.output={tmp_path / 'out'}", *overrides]
         with output.open("wb") as file:
             process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
         runs.append(Run(process, tmp_path / "out", output))
@@ -142,7 +142,7 @@ def test_all_mistakes_are_told_together_and_nothing_is_left(tmp_path: Path) -> N
 
 def test_a_server_that_does_not_answer_is_told(prompts: Path, tmp_path: Path) -> None:
     argv = [str(COMMAND), "difficulty", str(TOY), f"data.train={prompts}", f"difficulty.output={tmp_path / 'out'}"]
-    argv += ["rollout.server.url=http://127.0.0.1:9", "engine.start_timeout_s=1"]
+    argv += ["rollout.server.urls=[http://127.0.0.1:9]", "engine.start_timeout_s=1"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     assert "did not become ready in 1 s" in done.stdout and f"0 of {PROMPTS} prompts are kept" in done.stdout

@@ -55,7 +55,7 @@ def test_every_option_from_the_literature_at_once(servers: Servers, run_train) -
     run = run_train(
         "options",
         *(*servers.attach(), *SMALL, "steps=2"),
-        *("reference.model=tools/toy/models/code", f"reference.server.url={servers.code}"),
+        *("reference.model=tools/toy/models/code", f"reference.server.urls=[{servers.code}]"),
         *("objective.teacher_scale=1.25", "objective.gap_floor=-5", "objective.sign_filter=true"),
         *("objective.group_advantage=0.1", "objective.constant_reward=0.1", "objective.domain_weights.math=0.5"),
         *("objective.forward_kl=0.5", "objective.forward_kl_entropy=0.01", "scoring.top_k=4"),

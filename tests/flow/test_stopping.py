@@ -43,7 +43,7 @@ def test_a_signal_during_training(servers: Servers, run_train) -> None:
 
 
 def test_the_supervisor_itself_is_killed(servers: Servers, run_train) -> None:
-    attached = [f"teachers.math.server.url={servers.math}", f"rollout.server.url={servers.rollout}"]
+    attached = [f"teachers.math.server.urls=[{servers.math}]", f"rollout.server.urls=[{servers.rollout}]"]
     run = run_train("orphans", *attached, *SMALL)  # teacher-code is its own, with children of its own
     run.wait_for("step")
     family = family_of(run, 7)
@@ -64,7 +64,7 @@ def test_a_process_of_the_run_is_killed(servers: Servers, run_train, victim: str
 
 
 def test_a_server_of_the_run_is_killed_while_it_starts(servers: Servers, run_train) -> None:
-    attached = [f"teachers.math.server.url={servers.math}", f"rollout.server.url={servers.rollout}"]
+    attached = [f"teachers.math.server.urls=[{servers.math}]", f"rollout.server.urls=[{servers.rollout}]"]
     run = run_train("server", *attached, *SMALL)
     family = family_of(run, 5)
     pid = next(process.pid for name, process in run.family().items() if "toy/models/code" in name)

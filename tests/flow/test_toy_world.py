@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pools import pool_of
 
 from megatron_opd.config import load_config
 from megatron_opd.coordinator.evaluate import accuracies, evaluate
@@ -49,7 +50,7 @@ async def test_each_teacher_knows_its_own_domain_and_not_the_other(servers: Serv
     accuracy = {}
     for teacher, url in (("math", servers.math), ("code", servers.code)):
         client = SGLangClient(url, timeout_s=120, max_concurrency=128)
-        graded = await evaluate(RolloutEngine(client, tokenizer, 2), verifiers, held_out, config)
+        graded = await evaluate(RolloutEngine(pool_of(client), tokenizer, 2), verifiers, held_out, config)
         accuracy[teacher] = accuracies(graded)
         await client.close()
     await verifiers.close()

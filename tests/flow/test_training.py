@@ -49,9 +49,9 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(servers: Servers
     # One step: until its end the rollout engine holds the student's first weights, so it can be the teacher as well.
     # Plain distillation: a margin above 0 is an outcome reward, which a student that equals its teacher still gets.
     student = "tools/toy/models/student"
-    settings = (f"model={student}", f"server.url={servers.rollout}")
+    settings = (f"model={student}", f"server.urls=[{servers.rollout}]")
     teachers = [f"teachers.{domain}.{setting}" for domain in ("math", "code") for setting in settings]
-    engine = f"rollout.server.url={servers.rollout}"
+    engine = f"rollout.server.urls=[{servers.rollout}]"
     plain = "conf/recipe/opd.yaml"
     run = run_train("nothing", plain, engine, *teachers, *SMALL, "steps=1", "evaluation.teachers=false")
     assert finish(run) == 0, run.text()

@@ -7,6 +7,8 @@ import copy
 
 import numpy as np
 
+from megatron_opd.engines.sglang_scores import read_scores
+
 VOCAB, K = 512, 3
 PROMPT, RESPONSE = np.array([5, 6, 7]), np.array([8, 511, 2])
 ROWS = [[None, 7, None], [-0.5, 8, None], [-1.5, 0, None], [-4.5, 2, None]]  # 511, the last id, is echoed as 0
@@ -19,6 +21,7 @@ class FakeScorer:
     """Answers each request with the next of the given replies; an exception is raised."""
 
     url = "http://fake"
+    read_scores = staticmethod(read_scores)
 
     def __init__(self, *replies: object) -> None:
         self.replies, self.requests = list(replies), []

@@ -29,9 +29,9 @@ class Servers:
     def attach(self) -> list[str]:
         """Overrides that make a run use them."""
         return [
-            f"rollout.server.url={self.rollout}",
-            f"teachers.math.server.url={self.math}",
-            f"teachers.code.server.url={self.code}",
+            f"rollout.server.urls=[{self.rollout}]",
+            f"teachers.math.server.urls=[{self.math}]",
+            f"teachers.code.server.urls=[{self.code}]",
         ]
 
 

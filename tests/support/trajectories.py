@@ -170,4 +170,4 @@ def _scored(verified: Verified, rng: np.random.Generator) -> Scored:
 
 def _dropped(verified: Verified) -> Dropped:
     prompt = verified.rollout.prompt
-    return Dropped(prompt.id, prompt.domain, "score", DROP_REASON)
+    return Dropped(prompt.id, prompt.domain, "score", DROP_REASON, "count")

@@ -14,9 +14,9 @@ TOY = Path(__file__).resolve().parents[2] / "conf" / "toy.yaml"
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults() -> None:
-    config = load_config(TOY, ["steps=2", "optimizer.lr=1e-4", "teachers.math.server.url=http://10.0.0.1:3"])
+    config = load_config(TOY, ["steps=2", "optimizer.lr=1e-4", "teachers.math.server.urls=[http://10.0.0.1:3]"])
     assert (config.steps, config.optimizer.lr, config.optimizer.adam_beta2) == (2, 1e-4, 0.98)
-    assert config.teachers["math"].server.url == "http://10.0.0.1:3"
+    assert config.teachers["math"].server.urls == ["http://10.0.0.1:3"]
     assert config.student.tensor_parallel == 2
 
 

@@ -17,7 +17,7 @@ from megatron_opd.verifiers.base import Verdict
 class FakeEngine:
     """Every response has two tokens of the given weight version."""
 
-    client = type("Client", (), {"url": "http://engine"})
+    replicas = type("Replicas", (), {"where": "http://engine"})
 
     def __init__(self, version: int) -> None:
         self.version = version
@@ -48,7 +48,7 @@ class FakeTeachers:
 
     async def score(self, verified: Verified) -> Scored | Dropped:
         if verified.reason == "r1":
-            return Dropped(verified.rollout.prompt.id, "math", "score", "no answer")
+            return Dropped(verified.rollout.prompt.id, "math", "score", "no answer", "timeout")
         return Scored(verified, "math", np.full(2, -1.0, np.float32))
 
 
@@ -163,9 +163,11 @@ async def test_a_token_of_other_weights_stops_the_step() -> None:
 
 
 def test_too_many_drops_stop_the_run_with_their_reasons() -> None:
-    dropped = [Dropped(f"p{i}", "math", "score", "no answer" if i else "short") for i in range(5)]
+    reasons = [("a row short", "count"), *[("no answer", "timeout")] * 4]
+    dropped = [Dropped(f"p{i}", "math", "score", *reason) for i, reason in enumerate(reasons)]
     check_dropped_share(dropped, 100, limit=0.05)
     check_dropped_share([], 0, limit=0.0)
     with pytest.raises(EngineError, match="5 of 99") as caught:
         check_dropped_share(dropped, 99, limit=0.05)
-    assert "4 x no answer" in str(caught.value) and drop_reasons(dropped) == ["4 x no answer", "1 x short"]
+    assert "4 x timeout" in str(caught.value)
+    assert drop_reasons(dropped) == ["4 x timeout, such as no answer", "1 x count, such as a row short"]

@@ -103,18 +103,18 @@ def wait(ended: list[float]) -> Callable[[float], Coroutine]:
 async def test_the_death_of_the_server_ends_the_work(tmp_path: Path, wait, ended: list[float]) -> None:
     child = start("rollout", [sys.executable, "-c", "print('out of memory'); exit(3)"], {}, tmp_path / "rollout.log")
     with pytest.raises(ProcessError, match=r"rollout died(.|\n)*exit code 3(.|\n)*out of memory"):
-        await _all_or_first_failure([wait(60), wait(70)], _until_death(child))
+        await _all_or_first_failure([wait(60), wait(70)], _until_death([child]))
     assert sorted(ended) == [60, 70]
 
 
 async def test_one_failure_ends_the_others(wait, ended: list[float]) -> None:
     with pytest.raises(ProcessError, match="no verifier"):
-        await _all_or_first_failure([wait(0.1), wait(60)], _until_death(None))
+        await _all_or_first_failure([wait(0.1), wait(60)], _until_death([]))
     assert sorted(ended) == [0.1, 60] and len(asyncio.all_tasks()) == 1
 
 
 async def test_a_cancellation_ends_everything(wait, ended: list[float]) -> None:
-    whole = asyncio.create_task(_all_or_first_failure([wait(50), wait(60)], _until_death(None)))
+    whole = asyncio.create_task(_all_or_first_failure([wait(50), wait(60)], _until_death([])))
     await asyncio.sleep(0.1)
     whole.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -22,7 +22,11 @@ class FakeServer:
         self.posts: list[tuple[str, dict]] = []
 
     async def post(self, request: web.Request) -> web.Response:
-        self.posts.append((request.path, await request.json()))
+        body = await request.json()
+        self.posts.append((request.path, body))
+        if "rid" in body:  # as SGLang does, but these tests compare bodies
+            self.answer = {"meta_info": {}} | self.answer
+            self.answer["meta_info"]["id"] = body.pop("rid")
         if self.text is not None:
             return web.Response(text=self.text)
         return web.json_response(self.answer, status=self.status)

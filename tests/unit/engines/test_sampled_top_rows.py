@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+from pools import pool_of
 
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
@@ -43,7 +44,7 @@ def fake(fake):
 
 
 async def sample(client: SGLangClient, top_ids: int = K) -> Rollout:
-    (rollout,) = await RolloutEngine(client, FakeTokenizer(), 1, top_ids).sample_group(PROMPT, 0, 1, 8)
+    (rollout,) = await RolloutEngine(pool_of(client), FakeTokenizer(), 1, top_ids).sample_group(PROMPT, 0, 1, 8)
     return rollout
 
 

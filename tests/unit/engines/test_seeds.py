@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from pools import pool_of
 
 from megatron_opd.engines.command import LAUNCHER
 from megatron_opd.engines.rollout import RolloutEngine, response_seed
@@ -38,7 +39,7 @@ class FakeClient:
 
 async def test_each_response_has_a_request_and_a_seed_of_its_own() -> None:
     client = FakeClient()
-    rollouts = await RolloutEngine(client, FakeTokenizer(), 1, seed=7).sample_group(PROMPT, 3, 4, 16)
+    rollouts = await RolloutEngine(pool_of(client), FakeTokenizer(), 1, seed=7).sample_group(PROMPT, 3, 4, 16)
     seeds = [response_seed(7, "p:1", 3, number) for number in range(4)]
     assert client.asked == [(1, Sampling(16, 1.0, (2,), seed=seed)) for seed in seeds]
     assert [int(rollout.token_ids[0]) for rollout in rollouts] == [seed % 1000 for seed in seeds]
@@ -46,7 +47,7 @@ async def test_each_response_has_a_request_and_a_seed_of_its_own() -> None:
 
 async def test_without_a_seed_a_group_is_one_request() -> None:
     client = FakeClient()
-    await RolloutEngine(client, FakeTokenizer(), 1).sample_group(PROMPT, 3, 4, 16)
+    await RolloutEngine(pool_of(client), FakeTokenizer(), 1).sample_group(PROMPT, 3, 4, 16)
     assert client.asked == [(4, Sampling(16, 1.0, (2,)))]
 
 

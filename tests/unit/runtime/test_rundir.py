@@ -13,7 +13,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 
 TOY = Path(__file__).resolve().parents[3] / "conf" / "toy.yaml"
-ENDPOINTS = Endpoints("http://a:1", "http://b:2", {"math": "http://c:3"}, None, "127.0.0.1", 4)
+ENDPOINTS = Endpoints("http://a:1", ["http://b:2"], {"math": ["http://c:3"]}, [], "127.0.0.1", 4)
 
 
 def config(output: Path, existing: str) -> Config:

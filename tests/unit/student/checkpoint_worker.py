@@ -26,7 +26,7 @@ from megatron_opd.student import checkpoint
 from megatron_opd.student.build import Student, build_student, init_distributed
 from megatron_opd.student.step import train_step
 
-ENDPOINTS = Endpoints("http://a:1", "http://b:2", {"math": "http://c:3"}, None, "127.0.0.1", 4)
+ENDPOINTS = Endpoints("http://a:1", ["http://b:2"], {"math": ["http://c:3"]}, [], "127.0.0.1", 4)
 SCHEDULE = {"schedule": "linear", "min_lr": 1e-3}
 
 

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 from fake_scorer import PROMPT, RESPONSE, ROWS, SAMPLED, VOCAB, FakeScorer, good_reply, rows_with
 
-from megatron_opd.engines.sglang import split_rows
-from megatron_opd.teachers.scoring import ScoringError, score
+from megatron_opd.engines.scores import Served
+from megatron_opd.engines.sglang_scores import split_rows
+from megatron_opd.teachers.scoring import Scores, ScoringError, UnfitRequest, score, score_request
+
+
+async def ask(client: FakeScorer, served: Served | None = None) -> Scores:
+    return await score(client, score_request(PROMPT, RESPONSE, VOCAB, 0), served)
 
 
 async def test_a_good_reply_gives_the_response_log_probs_and_asks_for_nothing_else() -> None:
     client = FakeScorer(good_reply())
-    scores = await score(client, PROMPT, RESPONSE, VOCAB, 0)
+    scores = await ask(client)
     assert scores.logprobs.dtype == np.float32 and scores.logprobs.tolist() == SAMPLED
     assert scores.top is None and client.requests == [([5, 6, 7, 8, 511, 2], 2, 0)]
 
@@ -43,27 +48,25 @@ MALFORMED = {
 @pytest.mark.parametrize("fault", BAD.values(), ids=BAD.keys())
 async def test_a_bad_reply_is_refused(fault: dict) -> None:
     with pytest.raises(ScoringError, match="is wrong"):
-        await score(FakeScorer(good_reply(**fault)), PROMPT, RESPONSE, VOCAB, 0)
+        await ask(FakeScorer(good_reply(**fault)))
 
 
 @pytest.mark.parametrize("fault", MALFORMED.values(), ids=MALFORMED.keys())
 async def test_a_malformed_reply_is_refused(fault: dict) -> None:
     with pytest.raises(ScoringError, match="malformed"):
-        await score(FakeScorer(good_reply(**fault)), PROMPT, RESPONSE, VOCAB, 0)
+        await ask(FakeScorer(good_reply(**fault)))
 
 
 @pytest.mark.parametrize("reply", [[], None, "busy", {"meta_info": None}])
 async def test_a_reply_of_another_kind_is_refused(reply: object) -> None:
     with pytest.raises(ScoringError, match="malformed"):
-        await score(FakeScorer(reply), PROMPT, RESPONSE, VOCAB, 0)
+        await ask(FakeScorer(reply))
 
 
 @pytest.mark.parametrize("response", [[512], [-1], []])
-async def test_an_id_outside_the_vocabulary_never_reaches_the_server(response: list[int]) -> None:
-    client = FakeScorer()
-    with pytest.raises(ScoringError):
-        await score(client, PROMPT, np.array(response, np.int64), VOCAB, 0)
-    assert client.requests == []
+def test_an_id_outside_the_vocabulary_never_becomes_a_request(response: list[int]) -> None:
+    with pytest.raises(UnfitRequest):
+        score_request(PROMPT, np.array(response, np.int64), VOCAB, 0)
 
 
 def test_rows_become_arrays() -> None:

@@ -17,6 +17,7 @@ from fake_scorer import (
     reply_with_rows,
     rows_with,
 )
+from pools import pool_of
 
 from megatron_opd.records import Dropped, Outcome, Prompt, Rollout, Scored, Verified
 from megatron_opd.runtime.http import TransientError
@@ -29,13 +30,15 @@ def verified(domain: str = "math") -> Verified:
     return Verified(rollout, Outcome.CORRECT, "equal")
 
 
+def teacher(domain: str, *clients: FakeScorer) -> Teacher:
+    return Teacher(domain, pool_of(*clients), VOCAB, {})
+
+
 def pool(
     client: FakeScorer, reference: FakeScorer | None = None, attempts: int = 2, top_k: int = 0, vocab: int = VOCAB
 ) -> TeacherPool:
-    free = Teacher("reference", reference, VOCAB) if reference else None
-    return TeacherPool(
-        [Teacher("math", client, VOCAB)], attempts, reference=free, top_k=top_k, student_vocab_size=vocab
-    )
+    free = teacher("reference", reference) if reference else None
+    return TeacherPool([teacher("math", client)], attempts, reference=free, top_k=top_k, student_vocab_size=vocab)
 
 
 async def test_a_broken_answer_becomes_a_typed_drop_with_its_reason() -> None:
@@ -61,8 +64,8 @@ async def test_a_lasting_failure_is_a_drop_after_the_last_attempt() -> None:
 async def test_the_reference_scores_every_domain_and_is_asked_for_no_rows() -> None:
     other = good_reply(input_token_logprobs=rows_with(1, [-2.5, 8, None]))
     math, code, free = FakeScorer(reply_with_rows()), FakeScorer(reply_with_rows()), FakeScorer(other, other)
-    teachers = [Teacher("math", math, VOCAB), Teacher("code", code, VOCAB)]
-    both = TeacherPool(teachers, 1, reference=Teacher("reference", free, VOCAB), top_k=3, student_vocab_size=VOCAB)
+    teachers = [teacher("math", math), teacher("code", code)]
+    both = TeacherPool(teachers, 1, reference=teacher("reference", free), top_k=3, student_vocab_size=VOCAB)
     for domain in ("math", "code"):
         result = await both.score(verified(domain))
         assert result.teacher == domain and result.teacher_logprobs.tolist() == SAMPLED

@@ -32,7 +32,7 @@ def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_reference_there_is_no_server_for_it() -> None:
     settings = config(reference=None)
     endpoints = assign_endpoints(settings)
-    assert endpoints.reference is None
+    assert endpoints.reference == []
     assert [role.name for role in server_roles(settings, endpoints)] == ["rollout", "teacher-math", "teacher-code"]
 
 
@@ -40,16 +40,16 @@ def test_a_reference_is_started_like_a_teacher() -> None:
     settings = config()
     endpoints = assign_endpoints(settings)
     role = server_roles(settings, endpoints)[-1]
-    assert role.name == "reference" and role.ready_url == f"{endpoints.reference}/ready"
+    assert role.name == "reference" and role.ready_url == f"{endpoints.reference[0]}/ready"
     assert role.argv[role.argv.index("--model-path") + 1] == str(CODE)
-    assert endpoints.reference.endswith(f":{role.argv[role.argv.index('--port') + 1]}")
+    assert endpoints.reference[0].endswith(f":{role.argv[role.argv.index('--port') + 1]}")
     assert endpoints.reference not in (endpoints.rollout, *endpoints.teachers.values())
 
 
 def test_a_reference_with_a_url_is_attached_to() -> None:
-    settings = config("reference.server.url=http://far:30000")
+    settings = config("reference.server.urls=[http://far:30000]")
     endpoints = assign_endpoints(settings)
-    assert endpoints.reference == "http://far:30000"
+    assert endpoints.reference == ["http://far:30000"]
     assert "reference" not in [role.name for role in server_roles(settings, endpoints)]
 
 

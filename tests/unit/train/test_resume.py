@@ -14,8 +14,8 @@ from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.train.resume import check_unchanged, resume
 
 TOY = Path(__file__).resolve().parents[3] / "conf" / "toy.yaml"
-ENDPOINTS = Endpoints("http://a:1", "http://b:2", {"math": "http://c:3"}, None, "127.0.0.1", 4)
-LATER = Endpoints("http://a:9", "http://b:2", {"math": "http://c:3"}, None, "127.0.0.1", 4)
+ENDPOINTS = Endpoints("http://a:1", ["http://b:2"], {"math": ["http://c:3"]}, [], "127.0.0.1", 4)
+LATER = Endpoints("http://a:9", ["http://b:2"], {"math": ["http://c:3"]}, [], "127.0.0.1", 4)
 
 
 def config(output: Path, *overrides: str) -> Config:
@@ -122,7 +122,7 @@ def test_a_finished_run_is_left_alone_until_it_gets_more_steps(run: RunDirectory
 def test_what_may_change_and_what_may_not(tmp_path: Path) -> None:
     old = config(tmp_path)
     harmless = ["steps=7", "existing=archive", "checkpoint.every_steps=1", "evaluation.limit=3", "coordinator.port=5"]
-    harmless += ["rollout.server.url=http://x:1", "teachers.math.server.port=7", "record.trajectories_every=2"]
+    harmless += ["rollout.server.urls=[http://x:1]", "teachers.math.server.port=7", "record.trajectories_every=2"]
     harmless += ["student.tensor_parallel=1", "student.data_parallel=2", "engine.memory_fraction=0.5"]
     check_unchanged(old, config(tmp_path, *harmless))
     with pytest.raises(ConfigError, match="not that of the run") as caught:

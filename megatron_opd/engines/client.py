@@ -1,0 +1,63 @@
+"""What the clients of all engines share: one session, deadlines by length, bodies of limited size, JSON only."""
+
+from __future__ import annotations
+
+from megatron_opd.errors import EngineError
+from megatron_opd.runtime.http import READY_S, fetch, new_session, parse_json, wait_until_ready
+
+CONTROL_BYTES = 64 << 20  # longest answer of an endpoint whose answers do not grow with the request
+
+
+class EngineClient:
+    """One server. Not bound to a task: any number of requests may be under way.
+
+    timeout_s, prompt_token_s, new_token_s: longest wait for an answer, and what each token of the request and each that
+    may be sampled adds to it. api_key: bearer token; it is only ever in the session's headers.
+    """
+
+    ready_path: str  # answers 200 when the server takes requests
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_concurrency: int,
+        prompt_token_s: float = 0.0,
+        new_token_s: float = 0.0,
+        api_key: str | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._timeout_s, self._prompt_token_s, self._new_token_s = timeout_s, prompt_token_s, new_token_s
+        self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency, token=api_key)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def check_ready(self) -> None:
+        """Raise EngineError unless the server takes requests."""
+        await fetch(self._session, "GET", self.url + self.ready_path, max_bytes=CONTROL_BYTES, timeout_s=READY_S)
+
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """Raise EngineError unless the server takes requests within ``timeout_s``."""
+        await wait_until_ready(self.url + self.ready_path, timeout_s, self._session)
+
+    def deadline_s(self, prompt_tokens: int, new_tokens: int) -> float:
+        """Longest wait for the answer to a request of that size."""
+        return self._timeout_s + self._prompt_token_s * prompt_tokens + self._new_token_s * new_tokens
+
+    async def _get(self, path: str) -> dict:
+        _, body = await fetch(self._session, "GET", self.url + path, max_bytes=CONTROL_BYTES)
+        return parse_json(body, self.url + path)
+
+    async def _post(
+        self, path: str, body: dict, *, prompt_tokens: int = 0, new_tokens: int = 0, max_bytes: int = CONTROL_BYTES
+    ) -> dict:
+        limit_s = self.deadline_s(prompt_tokens, new_tokens)
+        url = self.url + path
+        _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
+        return parse_json(answer, url)
+
+    def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
+        if not ok:
+            raise EngineError(f"The server's {what} is wrong", where=self.url, got=got, expected=expected)

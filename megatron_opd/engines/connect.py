@@ -1,0 +1,44 @@
+"""From the config to clients and pools of the servers of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+
+from megatron_opd.config import EngineConfig, ServerConfig
+from megatron_opd.engines.client import EngineClient
+from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.engines.vllm import VLLMClient
+from megatron_opd.runtime.env import secret
+from megatron_opd.runtime.replicas import ReplicaPool
+
+CLIENTS = {"sglang": SGLangClient, "vllm": VLLMClient}
+
+
+def new_client(engine: EngineConfig, server: ServerConfig, url: str) -> EngineClient:
+    """A client of one server. Raises ConfigError when the environment lacks its key."""
+    return CLIENTS[server.engine](
+        url,
+        timeout_s=engine.request_timeout_s,
+        prompt_token_s=engine.prompt_token_timeout_s,
+        new_token_s=engine.new_token_timeout_s,
+        max_concurrency=engine.max_concurrency,
+        api_key=secret(server.api_key_env) if server.api_key_env else None,
+    )
+
+
+def new_pool(
+    stack: AsyncExitStack,
+    role: str,
+    engine: EngineConfig,
+    server: ServerConfig,
+    urls: Sequence[str],
+    probe: Callable[[EngineClient], Awaitable[None]] = EngineClient.check_ready,
+) -> ReplicaPool[EngineClient]:
+    """A pool of the servers at ``urls``, which ``stack`` closes. ``probe`` decides when a failed one may come back."""
+    clients = [new_client(engine, server, url) for url in urls]
+    for client in clients:
+        stack.push_async_callback(client.close)
+    pool = ReplicaPool(role, clients, probe, engine.routing)
+    stack.push_async_callback(pool.close)
+    return pool

@@ -1,0 +1,104 @@
+"""From the config to a pool of teachers whose every replica has proven itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.engines.connect import new_pool
+from megatron_opd.engines.scores import ScoringClient
+from megatron_opd.errors import raise_together
+from megatron_opd.runtime.replicas import ReplicaPool
+from megatron_opd.teachers.handshake import Expected, Proven, check_again, shake_hands
+from megatron_opd.teachers.pool import Teacher, TeacherPool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """One frozen model: what it must be, its servers, and what these have proven."""
+
+    name: str  # the teacher's domain, or "reference"
+    expected: Expected
+    replicas: ReplicaPool[ScoringClient]
+    proven: dict[str, Proven] = field(default_factory=dict)  # by URL
+
+
+async def start_teachers(
+    stack: AsyncExitStack, config: Config, teachers: dict[str, list[str]], reference: list[str]
+) -> TeacherPool:
+    """Wait for all servers at these URLs, let each prove itself, and put them to work; ``stack`` closes them.
+
+    Raises OpdError: the one thing that is wrong, or a list of all.
+    """
+    models = [
+        _frozen(stack, config, domain, f"teachers.{domain}", teacher, teachers[domain])
+        for domain, teacher in config.teachers.items()
+    ]
+    if config.reference is not None:
+        models.append(_frozen(stack, config, "reference", "reference", config.reference, reference))
+    clients = [client for model in models for client in model.replicas.clients]
+    await asyncio.gather(*(client.wait_until_ready(config.engine.start_timeout_s) for client in clients))
+    found = await asyncio.gather(*(shake_hands(model.expected, model.replicas.clients) for model in models))
+    raise_together([mistake for _, mistakes in found for mistake in mistakes])
+    student_vocab_size = vocab_size(config.student.model)
+    for model, (proven, _) in zip(models, found, strict=True):
+        model.proven.update(proven)
+        logger.info("%s: %s scores the same cold, warm and in parts", model.expected.role, model.replicas.where)
+        _explain_padding(model.expected, student_vocab_size)
+    known = {model.name: _teacher(model) for model in models}
+    free = known.pop("reference") if config.reference is not None else None
+    return TeacherPool(
+        list(known.values()),
+        config.scoring.attempts,
+        reference=free,
+        top_k=config.scoring.top_k,
+        student_vocab_size=student_vocab_size,
+    )
+
+
+def vocab_size(model: Path) -> int:
+    """Rows of a model's output, padding among them."""
+    return json.loads((model / "config.json").read_text())["vocab_size"]
+
+
+def _frozen(
+    stack: AsyncExitStack, config: Config, name: str, role: str, teacher: TeacherConfig, urls: list[str]
+) -> _Frozen:
+    expected = Expected(
+        role=role,
+        model=teacher.model,
+        server=teacher.server,
+        vocab_size=vocab_size(teacher.model),
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        top_k=0 if name == "reference" else config.scoring.top_k,
+        tolerance=config.scoring.probe_tolerance,
+    )
+    proven: dict[str, Proven] = {}
+
+    async def probe(client: ScoringClient) -> None:
+        await check_again(expected, client, proven[client.url])
+
+    return _Frozen(name, expected, new_pool(stack, role, config.engine, teacher.server, urls, probe), proven)
+
+
+def _teacher(model: _Frozen) -> Teacher:
+    served = {url: proven.served for url, proven in model.proven.items()}
+    return Teacher(model.name, model.replicas, model.expected.vocab_size, served)
+
+
+def _explain_padding(expected: Expected, student_vocab_size: int) -> None:
+    if expected.vocab_size != student_vocab_size:
+        logger.info(
+            "%s has %d output rows and the student %d: the tokenizers are the same, so the difference is padding, "
+            "which nobody samples; a rollout with such an id in its top-k rows is dropped",
+            expected.role,
+            expected.vocab_size,
+            student_vocab_size,
+        )
