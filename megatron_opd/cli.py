@@ -27,14 +27,24 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, for 
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Start every process of a run on this machine, watch it, and stop it all at the end."""
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print places and commands, start nothing")
+    ] = False,
+) -> None:
+    """Start every process of a run, here or on the nodes of a SLURM job, watch it, and stop it all at the end."""
     from megatron_opd.config import load_config
     from megatron_opd.observe.console import RunConsole
+    from megatron_opd.train.supervisor import dry_run
     from megatron_opd.train.supervisor import train as run_training
 
     with RunConsole() as console, _told(console):
         settings = load_config(config, overrides or [])
+        if only_plan:
+            typer.echo("\n".join(dry_run(settings)))
+            return
         summary = run_training(settings, console)
         console.result(summary, settings.run_dir)
 

@@ -7,6 +7,7 @@ A YAML file holds what differs from these defaults; further files and ``key=valu
 All mistakes are reported together, with the nearest known key. Relative paths count from the current directory.
 """
 
+from megatron_opd.config.cluster import ClusterConfig
 from megatron_opd.config.load import load_config, parse_config
 from megatron_opd.config.recipe import (
     BalanceConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "BalanceConfig",
     "CalibrationConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "ColumnsConfig",
     "Config",
     "DataConfig",

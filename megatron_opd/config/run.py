@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_opd.config.base import PositiveInt, Section
+from megatron_opd.config.cluster import ClusterConfig
 from megatron_opd.config.recipe import BalanceConfig, CalibrationConfig, DifficultyConfig, LossConfig, ObjectiveConfig
 from megatron_opd.config.sections import (
     CheckpointConfig,
@@ -66,6 +67,7 @@ class Config(Section):
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -191,8 +191,8 @@ class RefreshConfig(Section):
 
     mode: Literal["broadcast"] = "broadcast"
     """Way of transport: a process group that spans trainer and engine."""
-    host: str = "127.0.0.1"
-    """Address of the trainer's first rank, as the rollout engine reaches it."""
+    host: str | None = None
+    """Address of the trainer's first rank, as engines reach it; null: loopback, or its node's in a SLURM job."""
     port: Port = 0
     """Port at which the two meet; 0 takes a free one."""
     bucket_mb: PositiveInt = 256
@@ -221,8 +221,8 @@ class EvalConfig(Section):
 class CoordinatorConfig(Section):
     """The process in the middle."""
 
-    host: str = "127.0.0.1"
-    """Address that it listens on; other machines need a bearer token, which every run has."""
+    host: str | None = None
+    """Address that it listens on; null: loopback, or its node's in a SLURM job. Every run has a bearer token."""
     port: Port = 0
     """Port that it listens on; 0 takes a free one."""
 

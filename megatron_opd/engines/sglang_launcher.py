@@ -12,6 +12,7 @@ the other rows of the batch, and the hash behind seeded sampling. On a GPU nothi
 import ctypes
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import platform
 import signal
@@ -165,9 +166,24 @@ def prepare_deterministic_cpu() -> object:
     return library
 
 
+def keep_out_of_logs(key: str) -> None:
+    """SGLang logs all its arguments when it starts: put stars in the place of its bearer token."""
+    make = logging.getLogRecordFactory()
+
+    def without_key(*args, **kwargs):
+        record = make(*args, **kwargs)
+        record.msg, record.args = record.getMessage().replace(key, "***"), ()
+        return record
+
+    logging.setLogRecordFactory(without_key)
+
+
 # SGLang spawns its scheduler and detokenizer, which import this file again before they import SGLang:
 # the stand-ins must be made in them too, hence not under the guard below.
 _on_cpu = "--device" in sys.argv and sys.argv[sys.argv.index("--device") + 1] == "cpu"
+_key = os.environ.get("OPD_ENGINE_KEY")  # not an argument: everyone on the machine can read those
+if _key:
+    keep_out_of_logs(_key)
 _operators = prepare_cpu() if _on_cpu else None
 _deterministic = prepare_deterministic_cpu() if _on_cpu and "--enable-deterministic-inference" in sys.argv else None
 
@@ -176,4 +192,4 @@ if __name__ == "__main__":
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
-    run_server(prepare_server_args(sys.argv[1:]))
+    run_server(prepare_server_args(sys.argv[1:] + (["--api-key", _key] if _key else [])))

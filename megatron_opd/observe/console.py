@@ -115,6 +115,10 @@ class RunConsole(ProgressConsole):
         if aside is not None:
             self._say(f"what was done after it was moved to {aside.absolute()}")
 
+    def requeued(self, existing: str) -> None:
+        """That a job which SLURM starts again goes on with its run."""
+        self._say(f"SLURM has started this job again: going on where it stopped, whatever existing={existing} says")
+
     def show(self, events: TextIO) -> None:
         """Print what was recorded since the last call."""
         for event in follow(events):

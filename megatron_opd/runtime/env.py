@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_opd.errors import ConfigError
 
+ENGINE_KEY = "OPD_ENGINE_KEY"  # bearer token of started servers that other machines can reach; also in the launcher
+VLLM_KEY = "VLLM_API_KEY"  # the same as vLLM reads it
 TOKEN = "OPD_TOKEN"  # bearer token of the coordinator; made anew for each run, never written to a file
 
 
@@ -27,6 +30,26 @@ def secret(name: str) -> str:
     if not value:
         raise ConfigError("The environment lacks a key", where="api_key_env", got=f"{name} is empty or not set")
     return value
+
+
+def engine_key() -> str | None:
+    """The bearer token of servers that the run started; None where they listen on loopback alone."""
+    return os.environ.get(ENGINE_KEY)
+
+
+def environment() -> Mapping[str, str]:
+    """All variables of this process, to be read."""
+    return os.environ
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def node_rank() -> int:
+    """Number of this node among those that srun started the process on; 0 without srun."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def rank() -> int:

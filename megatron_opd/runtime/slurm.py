@@ -71,6 +71,14 @@ def requeue(job: str) -> None:
     _ask("scontrol", "requeue", job)
 
 
+def end_steps(job: str) -> None:
+    """Kill whatever srun started in the job; the batch script, this process among it, goes on. Raises ProcessError."""
+    steps = _ask("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i").split()
+    started = [step for step in steps if step.rpartition(".")[2].isdigit()]  # others: the batch script itself
+    if started:
+        _ask("scancel", "--signal=KILL", *started)
+
+
 def _ask(*argv: str) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, check=False)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_opd.config import Config
+from megatron_opd.engines.connect import key_of
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import ConfigError
 from megatron_opd.observe.role import run_role
-from megatron_opd.runtime.env import rank, secret
+from megatron_opd.runtime.env import rank
 from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.messages import RefreshReport, TrainerInfo
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
@@ -80,8 +81,7 @@ async def train(run: RunDirectory) -> None:
 async def _connect(stack: AsyncExitStack, config: Config, endpoints: Endpoints, student: Student) -> WeightRefresh:
     clients: list[SGLangClient] = []
     if rank() == 0:
-        key_name = config.rollout.server.api_key_env
-        key = secret(key_name) if key_name else None
+        key = key_of(config.rollout.server)
         for url in endpoints.rollout:
             await wait_until_ready(f"{url}/ready", config.engine.start_timeout_s)
             clients.append(SGLangClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4, api_key=key))

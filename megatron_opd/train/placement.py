@@ -35,6 +35,11 @@ class Place:
         """Where others reach it: its first node."""
         return self.nodes[0].address
 
+    def told(self) -> str:
+        """For a person."""
+        gpus = f", GPUs {','.join(map(str, self.gpus))}" if self.gpus else ""
+        return ", ".join(f"{node.name} ({node.address})" for node in self.nodes) + gpus
+
 
 def place(demands: Sequence[Demand], nodes: Sequence[Node]) -> dict[str, Place]:
     """A place for each role. Raises ConfigError that names every role without one, with both numbers."""

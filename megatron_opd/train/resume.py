@@ -20,6 +20,7 @@ from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 MAY_CHANGE = {
     *("name", "output", "existing", "steps", "max_generated_tokens"),
     *("checkpoint", "evaluation", "data.eval", "data.eval_columns", "record", "coordinator", "difficulty", "refresh"),
+    "cluster",
     *("student.tensor_parallel", "student.data_parallel", "student.pipeline_parallel", "student.context_parallel"),
     *("student.sequence_parallel", "student.threads_per_rank", "student.row_tokens"),
     *("engine.python", "engine.max_total_tokens", "engine.memory_fraction", "engine.start_timeout_s"),
