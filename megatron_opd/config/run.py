@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import PositiveInt, Section
 from megatron_opd.config.cluster import ClusterConfig
@@ -49,7 +49,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     teachers: Annotated[dict[str, TeacherConfig], Field(min_length=1)]
-    """Domain to teacher."""
+    """Domain to teacher; null takes out one that another file names."""
     reference: TeacherConfig | None = None
     """The free reference of objective.teacher_scale, frozen, for all domains; null: none."""
     data: DataConfig
@@ -68,6 +68,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _without_null(cls, teachers: object) -> object:
+        named = isinstance(teachers, dict)
+        return {name: teacher for name, teacher in teachers.items() if teacher is not None} if named else teachers
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -30,7 +30,7 @@ class Cluster:
         return len(self.places[role].nodes) if self.allocation else 1
 
     def command(self, role: str, argv: list[str], image: str | None) -> list[str]:
-        """The command that starts ``argv`` once on each node of the role, in a container of ``image`` if there is one."""
+        """The command that starts ``argv`` once on each node of the role; in a container where an image is given."""
         if self.allocation is None:
             return argv
         here = self.places[role]
