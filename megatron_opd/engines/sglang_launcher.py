@@ -4,7 +4,7 @@
 
 With ``--device cpu`` it stands in for three things that SGLang 0.5.21 expects and a CPU-only environment lacks: the
 compiled ``sgl_kernel`` package (only its entry points are named; the pure torch paths do the work), Triton, and the
-operator library of torchvision, whose wheel is a CUDA build. With ``--enable-deterministic-inference`` as well it also
+operator library of torchvision, whose wheel is a CUDA build (where it cannot be loaded). With ``--enable-deterministic-inference`` as well it also
 stands in for SGLang's kernels of that mode, which are written in Triton: matrix products whose rows do not depend on
 the other rows of the batch, and the hash behind seeded sampling. On a GPU nothing is touched.
 """
@@ -32,11 +32,20 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def declare_torchvision_operators() -> object:
-    """Define the operators that ``import torchvision`` registers a fake kernel for. Keep the returned library alive."""
+def declare_torchvision_operators() -> object | None:
+    """Define the operators that ``import torchvision`` registers a fake kernel for. Keep the returned library alive.
+
+    Only where torchvision's own library cannot be loaded: its wheel is a CUDA build, which beside a CPU build of torch
+    lacks CUDA's libraries, and beside a CUDA build does not.
+    """
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")
+    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
+    try:
+        torch.ops.load_library(os.path.join(folder, "_C.so"))
+        return None
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library
@@ -87,7 +96,7 @@ def stand_in_for_triton() -> None:
         sys.platform, platform.machine, torch.backends.mps.is_available = true_values
 
 
-def prepare_cpu() -> object:
+def prepare_cpu() -> object | None:
     """Everything that ``--device cpu`` needs before SGLang is imported."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     library = declare_torchvision_operators()
