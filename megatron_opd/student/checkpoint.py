@@ -217,7 +217,7 @@ def load_student(student: Student, folder: Path, step: int, saved_layout: dict[s
         chunk.module.load_state_dict(loaded[name])
     parts, found = _parts(student), loaded["optimizer"]
     for number, part in enumerate(parts):
-        _load_optimizer(part, found if len(parts) == 1 else found[number])
+        _load_optimizer(part, found if len(parts) == 1 else found[number], step)
     student.scheduler.num_steps = 0  # the schedule is the config's, which may have more steps than the saved one
     student.scheduler.step(step)
     if saved_layout == layout():
@@ -280,14 +280,21 @@ def _parts(student: Student) -> list[DistributedOptimizer]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _load_optimizer(part: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """``part.load_state_dict``, which fails with torch's Adam: it looks for the count of steps among the parameters'
-    moments, and lets all parameters share one tensor of it, which each would then count up."""
-    moments = state.pop("param_state")
+def _load_optimizer(part: DistributedOptimizer, found: dict[str, Any], step: int) -> None:
+    """``part.load_state_dict`` with moments that were found in a checkpoint.
+
+    Groups of parameters are this job's, not the checkpoint's: learning rates and weight decay are the config's, and
+    another layout may have other groups (under expert parallelism, experts have an optimizer of their own). Nor does
+    Megatron's loading get along with torch's Adam: it looks for the count of steps among the moments, and lets all
+    parameters share one tensor of it, which each would then count up.
+    """
+    state = part.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group["step"] = step
     part.load_state_dict(state)
     inner = part.optimizer.state
     steps = {parameter: own.pop("step") for parameter, own in inner.items() if "step" in own}
-    part.load_parameter_state_from_fully_reshardable(moments)
+    part.load_parameter_state_from_fully_reshardable(found["param_state"])
     for parameter, count in steps.items():
         inner[parameter]["step"] = count.clone()
 
