@@ -24,7 +24,7 @@ from student_worker import exported, splits
 from megatron_opd.config import CheckpointConfig, Config, LossConfig
 from megatron_opd.observe.recorder import read_events
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
-from megatron_opd.student import checkpoint
+from megatron_opd.student import checkpoint, thread_writer
 from megatron_opd.student.build import Student, build_student, init_distributed
 from megatron_opd.student.step import train_step
 
@@ -83,19 +83,19 @@ def save(config: Config, run: RunDirectory, samples: list) -> dict[str, Any]:
 
 def fail(settings: CheckpointConfig, run: RunDirectory, student: Student) -> None:
     """A writer that fails on one rank, one that never ends, a coordinator that is gone, a folder in the way."""
-    working = checkpoint._write_bucket
+    working = thread_writer._Writer.write_data
     leave_coordinator_state(run, 3)
     if dist.get_rank() == 1:
-        checkpoint._write_bucket = disk_full
+        thread_writer._Writer.write_data = disk_full
     checkpoint.Saver(settings.model_copy(update={"async_save": False}), run, student).begin(3)
 
     hasty = checkpoint.Saver(settings.model_copy(update={"deadline_s": 1.0}), run, student)
     leave_coordinator_state(run, 4)
     if dist.get_rank() == 1:
-        checkpoint._write_bucket = lambda *_: time.sleep(600)
+        thread_writer._Writer.write_data = lambda *_: time.sleep(600)
     hasty.begin(4)
     hasty.finish()
-    checkpoint._write_bucket = working
+    thread_writer._Writer.write_data = working
     lonely = checkpoint.Saver(
         settings.model_copy(update={"deadline_s": 8.0}), run, student
     )  # time to write, even if busy
