@@ -60,7 +60,7 @@ def hidden_logprobs(
 
     ``block``: positions and columns of which logits exist at a time, by default ``BLOCKS``. Memory beyond the results
     and the gradients: about two blocks, [T, H] in float32, and with ``sequence_parallel`` the gathered [T, H].
-    Communication does not depend on the block: two reductions of [T] and [T, 1 + C], and one of [T, H] backward.
+    Communication does not depend on the block: two reductions of [T] and [T, 2 + C], and one of [T, H] backward.
     """
     block = block or BLOCKS[hidden.device.type]
     projection = Projection(vocab_size, group, temperature, block, sequence_parallel)

@@ -1,4 +1,4 @@
-"""What one layout saved, every other layout loads: weights, moments and the next step; and how saves fail."""
+"""What one layout saved, others load: weights, moments and the next step; and how saves fail."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 DENSE = ["tp1", "tp2", "dp2", "pp2", "cp2", "tp2_cp2", "pp2_virtual2"]
 MIXTURE = ["experts_1", "experts_ep2", "experts_ep2_dp4", "experts_cp2_ep2", "experts_ep2_tp2", "experts_ep2_tp2_etp1"]
-LAYOUTS = {name: student_case.LAYOUTS[name] for name in [*DENSE, *MIXTURE] if name != "experts_ep2_dp4"}
-LAYOUTS["experts_ep2_dp4"] = {"data_parallel": 4, "expert_parallel": 2}  # each expert on two ranks
+# The last: a copy of each expert on two ranks.
+KNOWN = student_case.LAYOUTS | {"experts_ep2_dp4": {"data_parallel": 4, "expert_parallel": 2}}
+LAYOUTS = {name: KNOWN[name] for name in [*DENSE, *MIXTURE]}
 # Whose checkpoints each layout loads: its own, those of one process, and those of the layout before; one process: all.
 LOADS = {
     under: names if number == 0 else list(dict.fromkeys([under, names[0], names[number - 1]]))
