@@ -4,7 +4,7 @@
 
 With ``--device cpu`` it stands in for three things that SGLang 0.5.21 expects and a CPU-only environment lacks: the
 compiled ``sgl_kernel`` package (only its entry points are named; the pure torch paths do the work), Triton, and the
-operator library of torchvision, whose wheel is a CUDA build (where it cannot be loaded). With ``--enable-deterministic-inference`` as well it also
+operator library of torchvision, whose wheel is a CUDA build. With ``--enable-deterministic-inference`` as well it also
 stands in for SGLang's kernels of that mode, which are written in Triton: matrix products whose rows do not depend on
 the other rows of the batch, and the hash behind seeded sampling. On a GPU nothing is touched.
 """

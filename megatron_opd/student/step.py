@@ -112,29 +112,30 @@ def _run(
     )
 
 
-def _row_logprobs(row: Row, head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's output -> log-probs of each label and of the teacher's top-k ids, [T, 1 + K]."""
-    return head.logprobs(hidden, torch.cat([row.labels[:, None], row.top_ids], dim=1))
-
-
 def _loss_of_row(row: Row, head: Head, hidden: torch.Tensor, *, denominator: float, loss: LossConfig) -> LossOutput:
-    logprobs = _row_logprobs(row, head, hidden)
-    policy, metrics = policy_loss(
-        logprobs[:, 0],
-        row.behaviour_logprobs,
-        row.advantages,
-        row.weights,
-        denominator,
-        loss.clip_low,
-        loss.clip_high,
-    )
-    forward, forward_metrics = forward_kl_loss(logprobs[:, 1:], row.top_logprobs, row.forward_weights, denominator)
-    total = policy + forward
-    return total, _no_count(hidden), {"loss": total.detach(), **metrics, **forward_metrics}
+    def loss_at(logprobs: torch.Tensor, at: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """From log-probs of each label and of the teacher's top-k ids, [P, 1 + K], of the row's positions ``at``."""
+        policy, metrics = policy_loss(
+            logprobs[:, 0],
+            row.behaviour_logprobs[at],
+            row.advantages[at],
+            row.weights[at],
+            denominator,
+            loss.clip_low,
+            loss.clip_high,
+        )
+        teacher, weights = row.top_logprobs[at], row.forward_weights[at]
+        forward, forward_metrics = forward_kl_loss(logprobs[:, 1:], teacher, weights, denominator)
+        return policy + forward, {**metrics, **forward_metrics}
+
+    ids = torch.cat([row.labels[:, None], row.top_ids], dim=1)
+    total, logprobs = head.loss(hidden, ids, lambda logprobs, at: loss_at(logprobs, at)[0])
+    _, metrics = loss_at(logprobs, slice(None))
+    return total, _no_count(hidden), {"loss": total.detach(), **metrics}
 
 
 def _logprobs_of_row(row: Row, head: Head, hidden: torch.Tensor) -> LossOutput:
-    logprobs = _row_logprobs(row, head, hidden)[:, 0]
+    logprobs = head.logprobs(hidden, row.labels[:, None])[:, 0]
     return logprobs.sum(), _no_count(hidden), {"logprobs": logprobs}
 
 

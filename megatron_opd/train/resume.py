@@ -22,6 +22,8 @@ MAY_CHANGE = {
     *("checkpoint", "evaluation", "data.eval", "data.eval_columns", "record", "coordinator", "difficulty", "refresh"),
     "cluster",
     *("student.tensor_parallel", "student.data_parallel", "student.pipeline_parallel", "student.context_parallel"),
+    *("student.virtual_pipeline", "student.expert_parallel", "student.expert_tensor_parallel", "student.recompute"),
+    *("student.overlap_gradients", "student.overlap_parameters"),
     *("student.sequence_parallel", "student.threads_per_rank", "student.row_tokens"),
     *("engine.python", "engine.max_total_tokens", "engine.memory_fraction", "engine.start_timeout_s"),
     *("engine.request_timeout_s", "engine.max_concurrency"),
