@@ -5,8 +5,7 @@
 
 Under each layout real Megatron ranks build a tiny random student and train one step. Weights, gradient buffers and
 optimizer state are the bytes of the live tensors. Activations are the most bytes at once that autograd holds for the
-backward pass, each storage counted once, weights not counted: the sum that a GPU would hold. Of all ranks the fullest
-counts, in the measurement and in the plan.
+backward pass, each storage counted once, weights not counted. The fullest pipeline stage counts, in both.
 """
 
 from __future__ import annotations
@@ -134,9 +133,15 @@ def measure(result: Path, config: Config) -> None:
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, mine)
     if dist.get_rank() == 0:
-        result.write_text(json.dumps({part: max(rank[part] for rank in held) for part in PARTS}))
+        result.write_text(json.dumps({part: fullest_stage(held, config, part) for part in PARTS}))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def fullest_stage(held: list[dict[str, int]], config: Config, part: str) -> float:
+    """Mean of a stage's ranks: the plan of this check lets all experts be chosen equally often, random ones are not."""
+    ranks = config.world_size // config.student.pipeline_parallel  # they follow one another
+    return max(float(np.mean([rank[part] for rank in held[i : i + ranks]])) for i in range(0, len(held), ranks))
 
 
 def resident_bytes(student: Student) -> dict[str, int]:

@@ -25,6 +25,7 @@ class MicroBatch:
 
     tokens: float
     squares: float
+    expert_imbalance: float = 1.0  # tokens that reach the busiest rank's experts, of the mean
 
 
 def backend_of(student: StudentConfig) -> Backend:
@@ -42,7 +43,7 @@ def layer_bytes(shape: ModelShape, student: StudentConfig, row: MicroBatch) -> d
     return {
         "norms": 2 * norm,
         "attention": _attention(shape, student, row, whole),
-        "feed-forward": _experts(shape, student, whole) if shape.experts else _dense(shape, student, whole),
+        "feed-forward": _experts(shape, student, row, whole) if shape.experts else _dense(shape, student, whole),
     }
 
 
@@ -67,6 +68,12 @@ def layer_input(shape: ModelShape, student: StudentConfig, row: MicroBatch) -> f
     tokens = row.tokens / student.context_parallel
     tokens /= student.tensor_parallel if student.sequence_parallel else 1
     return tokens * shape.hidden * VALUE_BYTES[student.dtype]
+
+
+def expert_tokens(shape: ModelShape, student: StudentConfig, row: MicroBatch) -> float:
+    """Tokens that reach the experts of a rank, each as often as it chooses one of them."""
+    own = row.tokens / student.context_parallel / (student.tensor_parallel if student.sequence_parallel else 1)
+    return own * shape.experts_per_token * student.expert_tensor * row.expert_imbalance
 
 
 def head_bytes(shape: ModelShape, student: StudentConfig, row: MicroBatch, top_k: int) -> float:
@@ -109,11 +116,11 @@ def _dense(shape: ModelShape, student: StudentConfig, tokens: float) -> float:
     return tokens * wide * shape.ffn / student.tensor_parallel * VALUE_BYTES[student.dtype]
 
 
-def _experts(shape: ModelShape, student: StudentConfig, tokens: float) -> float:
-    """The tokens that reach this rank's experts, if all experts are chosen equally often, and what those keep."""
+def _experts(shape: ModelShape, student: StudentConfig, row: MicroBatch, tokens: float) -> float:
+    """The tokens that reach this rank's experts, and what those keep."""
     value, torch = VALUE_BYTES[student.dtype], backend_of(student) == "torch"
     own = tokens / student.tensor_parallel if student.sequence_parallel else tokens
-    arrived = own * shape.experts_per_token * student.expert_tensor
+    arrived = expert_tokens(shape, student, row)
     wide = 6 if torch else 3
     kept = value * (shape.hidden + wide * shape.ffn / student.expert_tensor)
     return arrived * kept + own * (ROUTING_BYTES + (FLOAT + 1) * shape.experts)

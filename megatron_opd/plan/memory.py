@@ -10,6 +10,7 @@ from megatron_opd.plan.activations import (
     VALUE_BYTES,
     MicroBatch,
     backend_of,
+    expert_tokens,
     head_bytes,
     kept_bytes,
     layer_input,
@@ -122,12 +123,9 @@ def optimizer_bytes(params: StageParams, student: StudentConfig) -> float:
 
 def layer_workspace(shape: ModelShape, student: StudentConfig, row: MicroBatch) -> float:
     """Gradients that exist while the backward pass of a feed-forward block runs: of its tensors, and of one matrix."""
-    value, tokens = VALUE_BYTES[student.dtype], row.tokens / student.context_parallel
+    value = VALUE_BYTES[student.dtype]
     split = student.expert_tensor if shape.experts else student.tensor_parallel
-    if shape.experts:
-        tokens *= shape.experts_per_token * (
-            student.expert_tensor / student.tensor_parallel if student.sequence_parallel else 1
-        )
+    tokens = expert_tokens(shape, student, row) if shape.experts else row.tokens / student.context_parallel
     by_tensors = value * tokens * (3 * shape.ffn / split + shape.hidden)
     by_matrix = value * 2 * shape.hidden * shape.ffn / split
     return by_tensors + by_matrix + 2 * layer_input(shape, student, row)

@@ -83,7 +83,7 @@ class ModelShape:
         return self.vocab * self.hidden
 
     def served_bytes_read(self, tokens: float, value_bytes: int) -> float:
-        """Weights that one pass over ``tokens`` tokens at once reads: of the experts, those that any of them chooses."""
+        """Weights that one pass over ``tokens`` tokens reads: of the experts, those that any of the tokens chooses."""
         chosen = 1 - (1 - self.experts_per_token / self.expert_copies) ** tokens
         ffn = self.expert_copies * chosen * self.ffn_params
         return value_bytes * (self.layers * (self.attention_params + ffn) + self.head_params)
