@@ -3,9 +3,12 @@
     python tools/plan_check.py
     python tools/plan_check.py --only tp2,pp2 --json
 
-Under each layout real Megatron ranks build a tiny random student and train one step. Weights, gradient buffers and
+Under each layout real Megatron ranks build a tiny random student and train two steps. Weights, gradient buffers and
 optimizer state are the bytes of the live tensors. Activations are the most bytes at once that autograd holds for the
-backward pass, each storage counted once, weights not counted. The fullest pipeline stage counts, in both.
+backward pass in the first step, each storage counted once, weights not counted. All of a step is the most that torch
+allocates at once in the second step beyond what is there before it: activations, and what the backward pass and the
+optimizer need for a moment. Copies that gloo makes of what it sends are left out; NCCL makes none. The fullest pipeline
+stage counts, in the measurement and in the plan.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +43,7 @@ from megatron_opd.records import PackedBatch
 from megatron_opd.student.build import Student, build_student, init_distributed
 from megatron_opd.student.step import train_step
 
-PARTS = ("weights", "gradients", "optimizer", "activations")
+PARTS = ("weights", "gradients", "optimizer", "activations", "all of a step")
 ROWS, SEQUENCES = 6, (160, 96)  # micro-batches of each data-parallel rank, and what is in each
 _SIZES = {
     "vocab_size": 2000,
@@ -129,7 +133,7 @@ def measure(result: Path, config: Config) -> None:
     kept = Kept({weight.untyped_storage().data_ptr() for chunk in student.model for weight in chunk.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(kept.keep, Held.tensor_of):
         train_step(student, make_batch(), LossConfig())
-    mine = {**resident_bytes(student), "activations": kept.peak}
+    mine = {**resident_bytes(student), "activations": kept.peak, "all of a step": allocated_bytes(student)}
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, mine)
     if dist.get_rank() == 0:
@@ -158,6 +162,31 @@ def resident_bytes(student: Student) -> dict[str, int]:
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": state,
     }
+
+
+def allocated_bytes(student: Student) -> int:
+    """Most bytes at once that a step allocates and frees again, without gloo's copies of what it sends."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_step(student, make_batch(), LossConfig())
+    events = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
+    now, peak, sent = 0, 0, set()
+    for _, place, size, sends in events:
+        if size > 0 and sends:
+            sent.add(place)
+        elif size < 0 and place in sent:
+            sent.remove(place)
+        else:
+            now += size
+            peak = max(peak, now)
+    return peak
+
+
+def allocations(events: list[Any], sends: bool = False) -> Iterator[tuple[int, int, int, bool]]:
+    """Time, address, bytes (below 0: freed) and whether a collective makes it, of all allocations in a profile."""
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, sends
+        yield from allocations(event.children, sends or event.name.startswith("c10d::"))
 
 
 @dataclass
@@ -231,17 +260,18 @@ def compared(config: Config, result: Path) -> dict[str, dict[str, float]]:
     shape = read_shape(config.student.model, "student.model")
     row = MicroBatch(sum(SEQUENCES), sum(length**2 for length in SEQUENCES))
     stages = [stage_memory(config, shape, stage, row, ROWS) for stage in range(config.student.pipeline_parallel)]
-    planned = {part: max(stage.parts()[part] for stage in stages) for part in PARTS}
+    planned = {part: max(getattr(stage, part) for stage in stages) for part in PARTS[:-1]}
+    planned[PARTS[-1]] = max(stage.activations + stage.workspace for stage in stages)
     return {part: {"planned": planned[part], "measured": measured[part]} for part in PARTS}
 
 
 def show(found: dict[str, dict[str, dict[str, float]]]) -> None:
     """KiB as the plan says, and by how much the measurement differs from it."""
-    table = Table("layout", *(f"{part}, KiB" for part in PARTS))
+    table = Table("KiB", *PARTS)
     for name, parts in found.items():
         cells = [f"{v['planned'] / 1024:,.0f} {v['planned'] / v['measured'] - 1:+.1%}" for v in parts.values()]
         table.add_row(name, *cells)
-    Console(width=100).print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -23,31 +23,33 @@ class Assumptions(Section):
     longest_response: PositiveFloat | None = None
     """Length of the step's longest response; null takes rollout.max_new_tokens."""
     kept_share: Share = 1.0
-    """Rollouts that balancing leaves, which are then scored and trained on; 1 is the upper bound."""
+    """Rollouts that balancing leaves: scored and trained on; 1 is the upper bound."""
     student_gpus: PositiveInt | None = None
-    """GPUs for the student, whose layouts --layouts compares; null takes the ranks of the config."""
+    """GPUs whose layouts --layouts compares; null takes the ranks of the config."""
     rollout_gpus: PositiveInt | None = None
-    """GPUs of rollout engines, a multiple of rollout.server.tensor_parallel; null takes what the config starts."""
+    """GPUs of all rollout engines; a multiple of rollout.server.tensor_parallel; null takes what the config starts."""
     teacher_gpus: PositiveInt | None = None
-    """GPUs of each teacher, a multiple of its server's tensor_parallel; null takes what the config starts."""
+    """GPUs of each teacher; a multiple of its server's tensor_parallel; null takes what the config starts."""
     gpus_per_node: PositiveInt = 8
     """GPUs that reach each other by the fast link."""
     network_gb_s: PositiveFloat = 50.0
-    """Network of one GPU to other nodes, GB/s in one direction: 50 is one 400 Gb/s card for each GPU."""
+    """Network of one GPU, one direction; 50 is one 400 Gb/s card for each GPU."""
     transfer_utilisation: Share = 0.7
     """Share of links and network that collectives reach."""
+    message_latency_us: Annotated[float, Field(ge=0)] = 20.0
+    """Time of one message between ranks beside its bytes: starting it, and waiting for the slowest."""
     train_utilisation: Share = 0.4
-    """Share of the peak that the student's matrix products reach, without bubbles and waiting for messages."""
+    """Share of the peak in training; without bubbles and messages, which are added."""
     prefill_utilisation: Share = 0.5
-    """Share of the peak that engines reach while they read prompts and score responses."""
+    """Share of the peak in scoring and reading prompts."""
     decode_utilisation: Share = 0.6
-    """Share of memory bandwidth, and of the peak, that engines reach while they sample."""
+    """Share of bandwidth and peak in sampling."""
     decode_overhead_ms: Annotated[float, Field(ge=0)] = 2.0
-    """Time of one decoding step beside memory and arithmetic: launching, scheduling, sampling."""
+    """Time of a token beside memory and arithmetic: launching, scheduling, sampling."""
     memory_share: Share = 0.92
-    """Share of a GPU's memory that the student can use: the rest is CUDA's, NCCL's and lost between tensors."""
+    """Memory that the student can use: the rest is CUDA's, NCCL's and lost between tensors."""
     expert_imbalance: Annotated[float, Field(ge=1)] = 1.2
-    """Tokens that reach the busiest rank's experts, of the mean: there is no router loss that would even them out."""
+    """Tokens of the busiest experts' rank, of the mean; there is no router loss that would even them out."""
 
     def resolved(self, config: Config) -> Assumptions:
         """With numbers in place of null; the three counts of GPUs stay."""

@@ -72,10 +72,13 @@ def compare_layouts(setting: Setting, models: Models, ranks: int) -> Comparison:
 
 
 def layouts(base: StudentConfig, models: Models, ranks: int, node: int) -> Iterator[StudentConfig]:
-    """Every split of ``ranks``, tensor parallelism within a node of ``node`` GPUs; other keys as in ``base``."""
-    for tensor in divisors(ranks, node):
+    """Every split of ``ranks``, other keys as in ``base``.
+
+    Tensor and context parallelism are powers of two, the first within a node of ``node`` GPUs.
+    """
+    for tensor in powers_of_two(ranks, node):
         for stages in divisors(ranks // tensor, models.student.layers):
-            for context in divisors(ranks // tensor // stages, WIDEST_CONTEXT):
+            for context in powers_of_two(ranks // tensor // stages, WIDEST_CONTEXT):
                 copies = ranks // tensor // stages
                 for experts in divisors(copies, models.student.experts) if models.student.experts else (1,):
                     sizes = {
@@ -94,10 +97,15 @@ def divisors(number: int, limit: int) -> list[int]:
     return [divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0]
 
 
+def powers_of_two(number: int, limit: int) -> list[int]:
+    """Those of ``divisors`` that are powers of two."""
+    return [divisor for divisor in divisors(number, limit) if divisor & (divisor - 1) == 0]
+
+
 def describe(student: StudentConfig) -> str:
-    """A layout in the field's short names; sizes of 1 are left out."""
+    """Sizes of a layout in the field's short names; those of 1 are left out."""
     sizes = [f"{short} {getattr(student, name)}" for name, short in SHORT.items() if _says_something(student, name)]
-    return ", ".join([*sizes, f"recompute {student.recompute}"])
+    return " ".join(sizes) or "one rank"
 
 
 def as_overrides(student: StudentConfig) -> list[str]:
@@ -124,10 +132,11 @@ def _variants(base: StudentConfig, sizes: dict[str, int | bool]) -> Iterator[Stu
 
 
 def _refuse(refused: dict[str, Refusal], what: str, student: StudentConfig, numbers: str, excess: float = 0.0) -> None:
+    layout = f"{describe(student)}, recompute {student.recompute}"
     known = refused.get(what)
     if known is None:
-        refused[what] = Refusal(what, 1, describe(student), numbers, excess)
+        refused[what] = Refusal(what, 1, layout, numbers, excess)
         return
     known.count += 1
     if excess < known.excess:
-        known.layout, known.numbers, known.excess = describe(student), numbers, excess
+        known.layout, known.numbers, known.excess = layout, numbers, excess

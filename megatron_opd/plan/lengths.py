@@ -7,6 +7,7 @@ proportional to exp(-rate x). A mean of half the longest makes it uniform.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,9 +28,8 @@ class Lengths:
         return (np.arange(SLICES) + 0.5) * self.longest / SLICES
 
     def survival(self) -> np.ndarray:
-        """Share of responses that are longer than each of ``points``, [SLICES], scaled so that it integrates to ``mean``."""
-        raw = _survival(self._steepness())
-        return np.minimum(1.0, raw * self.mean / (raw.mean() * self.longest))
+        """Share of responses that are longer than each of ``points``, [SLICES]; times a slice, the sum is ``mean``."""
+        return _survival_with_mean(self.mean / self.longest)
 
     @property
     def mean_age(self) -> float:
@@ -41,13 +41,16 @@ class Lengths:
         width = self.longest / SLICES
         return float(added**2 + (2 * (self.points + added) * self.survival()).sum() * width)
 
-    def _steepness(self) -> float:
-        """rate * longest, by bisection: the mean falls as it grows."""
-        low, high, wanted = -STEEPEST, STEEPEST, self.mean / self.longest
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _survival(middle).mean() > wanted else (low, middle)
-        return (low + high) / 2
+
+@lru_cache
+def _survival_with_mean(wanted: float) -> np.ndarray:
+    """Share above each slice's middle of [0, 1] for a mean of ``wanted``, by bisection: the mean falls with the rate."""
+    low, high = -STEEPEST, STEEPEST
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _survival(middle).mean() > wanted else (low, middle)
+    raw = _survival((low + high) / 2)
+    return np.minimum(1.0, raw * wanted / raw.mean())
 
 
 def _survival(steepness: float) -> np.ndarray:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
+from megatron_opd.config import StudentConfig
 from megatron_opd.plan.assumptions import Assumptions
 from megatron_opd.plan.estimate import Plan, ServerPlan, gib
 from megatron_opd.plan.layouts import Comparison, as_overrides, describe
@@ -51,11 +53,12 @@ def show_layouts(comparison: Comparison, console: Console) -> None:
     """The fastest layouts, and why others do not fit."""
     tried = len(comparison.fitting) + sum(refusal.count for refusal in comparison.refused)
     title = f"Layouts of the student on {comparison.ranks} GPUs: {len(comparison.fitting)} of {tried} fit"
-    table = _table(title, "layout", "GiB a rank", "train s", "bubble", "messages", "uneven", "micro-batches")
+    table = _table(title, "layout", "recompute", "GiB", "train s", "bubble", "messages", "uneven", "rows", left=(0, 1))
     for found in comparison.fitting[:SHOWN_LAYOUTS]:
         time = found.plan.time
         table.add_row(
             describe(found.student),
+            found.student.recompute,
             gib(found.plan.peak),
             _seconds(time.total),
             *(f"{part / time.total:.0%}" for part in (time.bubble, time.messages + time.gradients, time.uneven)),
@@ -63,7 +66,8 @@ def show_layouts(comparison: Comparison, console: Console) -> None:
         )
     console.print(table)
     if comparison.fitting:
-        console.print("  the first: " + " ".join(as_overrides(comparison.fitting[0].student)), markup=False)
+        console.print("  rows: micro-batches of one copy in a step; the first layout as arguments:")
+        console.print(Padding(" ".join(as_overrides(comparison.fitting[0].student)), (0, 0, 0, 4)))
     if comparison.refused:
         table = _table("Why the others do not fit", "layouts", "reason", "for example", left=(1, 2))
         for refusal in comparison.refused:
@@ -88,7 +92,7 @@ def show_scale(found: dict[str, list[Scaled | None]], console: Console) -> None:
                 f"{row.bottleneck} {row.seconds[row.bottleneck] / row.sequential:.0%}",
                 f"{row.trained / row.sequential / gpus:,.0f}",
             )
-            details.append(f"  {gpus:>5,} GPUs: student {describe(row.student.student)}")
+            details.append(f"  {gpus:>5,} GPUs: student {_layout(row.student.student)}")
         console.print(table)
         for line in details:
             console.print(line, markup=False)
@@ -100,7 +104,7 @@ def show_assumptions(assumed: Assumptions, given: Assumptions, console: Console)
     table = _table("Assumptions: change one with --assume key=value", "key", "value", "", "meaning", left=(0, 2, 3))
     for name, field in Assumptions.model_fields.items():
         value = getattr(assumed, name)
-        whence = "given" if name in given.model_fields_set else "default"
+        whence = "given" if name in given.model_fields_set else ""
         meaning = re.split("[;:]", field.description or "")[0].removesuffix(".")
         table.add_row(name, "of config" if value is None else f"{value:g}", whence, meaning)
     console.print(table)
@@ -114,7 +118,7 @@ def _heading(plan: Plan, console: Console) -> None:
         "GPU": f"{gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:,.0f} GB/s, {gpu.bf16_tflops:g} TFLOP/s in bfloat16",
         "": f"({gpu.source})",
         "student": f"{_model(plan.models.student)}, {student.dtype}",
-        "layout": f"{student.ranks} GPUs: {describe(student)}",
+        "layout": f"{student.ranks} GPUs: {_layout(student)}",
         **{role: _model(shape) for role, shape in plan.models.frozen.items()},
     }
     width = max(map(len, lines))
@@ -126,6 +130,10 @@ def _model(shape: ModelShape) -> str:
     used = shape.body_params + shape.head_params
     experts = f", {used / 1e9:.3g} B for each token" if shape.experts else ""
     return f"{shape.name} ({shape.params / 1e9:.3g} B parameters{experts})"
+
+
+def _layout(student: StudentConfig) -> str:
+    return f"{describe(student)}, recompute {student.recompute}"
 
 
 def _student_table(plan: Plan) -> Table:
@@ -224,10 +232,9 @@ def _totals(plan: Plan, console: Console) -> None:
     lines = [f"teachers: {share:.0%} of the step's time, {plan.operations.teacher_share:.0%} of its operations"]
     lines += [f"note: {note}" for note in plan.notes]
     for line in lines:
-        console.print("  " + line, markup=False)
+        console.print(Padding(line, (0, 0, 0, 2)))
     for problem in plan.problems:
-        console.print(f"  DOES NOT FIT: {problem}", style="red", markup=False)
-    console.print()
+        console.print(Padding(f"DOES NOT FIT: {problem}", (0, 0, 0, 2), style="red"))
 
 
 def _table(title: str, *columns: str, left: tuple[int, ...] = (0,)) -> Table:

@@ -52,23 +52,41 @@ def row_messages(shape: ModelShape, student: StudentConfig, row: MicroBatch, gpu
 
     Tensor parallelism: four sums a layer, and two more with full recomputation; a sum moves twice its size, as do the
     gathering and the scattered sum in its place with sequence parallelism. Experts: their tokens go and come, forward
-    and backward. Pipeline: hidden states and their gradients, once for each part. The ring of context parallelism is
-    taken to be hidden behind attention, as it is for long rows.
+    and backward. Pipeline: hidden states and their gradients, once for each part.
     """
     layers = shape.layers / student.pipeline_parallel
     hidden = row.tokens / student.context_parallel * shape.hidden * VALUE_BYTES[student.dtype]
     again = 1.5 if student.recompute == "full" else 1.0
     split, experts = student.tensor_parallel, student.expert_parallel
-    sums = layers * 8 * again * hidden * (split - 1) / split
-    seconds = sums / _speed(split, gpu, assumed)
-    if shape.experts:
-        own = hidden / split if student.sequence_parallel else hidden
-        moved = layers * 4 * again * own * shape.experts_per_token * assumed.expert_imbalance * (experts - 1) / experts
-        seconds += moved / _speed(experts * student.expert_tensor, gpu, assumed)
+    own = hidden / split if student.sequence_parallel else hidden
+    seconds = _ring(shape, student, row, gpu, assumed)
+    if split > 1:
+        moved = 8 * hidden * (split - 1) / split / _speed(split, gpu, assumed)
+        seconds += layers * again * (moved + 8 * _latency(assumed))
+    if experts > 1:
+        chosen = own * shape.experts_per_token * assumed.expert_imbalance
+        moved = 4 * chosen * (experts - 1) / experts / _speed(experts * student.expert_tensor, gpu, assumed)
+        seconds += layers * again * (moved + 4 * _latency(assumed))
     if student.pipeline_parallel > 1:
-        passed = 2 * student.virtual_pipeline * hidden / (split if student.sequence_parallel else 1)
-        seconds += passed / _speed(student.ranks, gpu, assumed)
+        passed = own / _speed(student.ranks, gpu, assumed)
+        seconds += 2 * student.virtual_pipeline * (passed + _latency(assumed))
     return seconds
+
+
+def _ring(shape: ModelShape, student: StudentConfig, row: MicroBatch, gpu: Gpu, assumed: Assumptions) -> float:
+    """Seconds in which context-parallel ranks wait for keys and values: what attention's arithmetic does not hide.
+
+    They go round once forward, and twice backward, with their gradients.
+    """
+    ranks = student.context_parallel
+    if ranks == 1:
+        return 0.0
+    split = student.tensor_parallel
+    layers = shape.layers / student.pipeline_parallel
+    keys = row.tokens / ranks * 2 * shape.kv_heads * shape.head_size / split * VALUE_BYTES[student.dtype]
+    moved = 3 * layers * (ranks - 1) * (keys / _speed(split * ranks, gpu, assumed) + _latency(assumed))
+    flops = 3 * shape.attention_flops(row.squares) / (split * ranks * student.pipeline_parallel)
+    return max(0.0, moved - flops / (gpu.flops(student.dtype) * assumed.train_utilisation))
 
 
 def refresh_seconds(shape: ModelShape, dtype: str, assumed: Assumptions) -> float:
@@ -88,3 +106,8 @@ def _speed(span: int, gpu: Gpu, assumed: Assumptions) -> float:
     """Bytes a second among ``span`` neighbouring ranks: a node's link, or the network where they are of several."""
     peak = gpu.link_gb_s if span <= assumed.gpus_per_node else min(assumed.network_gb_s, gpu.link_gb_s)
     return peak * 1e9 * assumed.transfer_utilisation
+
+
+def _latency(assumed: Assumptions) -> float:
+    """Seconds of one message beside its bytes."""
+    return assumed.message_latency_us * 1e-6
