@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import typer
+
 from megatron_opd.config import Config
 from megatron_opd.plan.assumptions import Assumptions, parse_assumptions
-from megatron_opd.plan.estimate import Models, Plan, make_plan, make_setting, read_models
+from megatron_opd.plan.estimate import Models, Plan, StepTime, StudentPlan, make_plan, make_setting, read_models
 from megatron_opd.plan.hardware import find_gpu
 from megatron_opd.plan.layouts import Comparison, as_overrides, compare_layouts
 from megatron_opd.plan.report import make_console, show_assumptions, show_layouts, show_plan, show_scale
@@ -30,7 +32,7 @@ def plan(config: Config, gpu: str, items: list[str], *, layouts: bool, scaled: b
         return _scale(setting, models, given, as_json)
     made = make_plan(setting, models)
     if as_json:
-        print(json.dumps(plan_json(made)))  # noqa: T201 - what --json asks for
+        typer.echo(json.dumps(plan_json(made)))
     else:
         show_plan(made, given, make_console())
     return not made.problems
@@ -53,13 +55,13 @@ def plan_json(made: Plan) -> dict[str, Any]:
         "servers": [asdict(server) for server in [made.rollout, *made.frozen]],
         "tokens": {"generated": step.generated, "scored": step.scored_tokens, "trained": step.trained},
         "operations": asdict(made.operations) | {"teacher_share": made.operations.teacher_share},
-        "seconds": made.seconds | {"sequential": made.sequential, "overlapped": made.overlapped},
-        "gpu_hours": made.sequential * made.setting.config.steps * made.gpus / 3600,
-        "bottleneck": made.bottleneck,
+        "seconds": time_json(made.time),
+        "gpu_hours": made.time.sequential * made.setting.config.steps * made.gpus / 3600,
+        "bottleneck": made.time.bottleneck,
     }
 
 
-def student_json(student: Any) -> dict[str, Any]:
+def student_json(student: StudentPlan) -> dict[str, Any]:
     """The student's memory and time."""
     return {
         "stages": [stage.parts() for stage in student.stages],
@@ -72,10 +74,15 @@ def student_json(student: Any) -> dict[str, Any]:
     }
 
 
+def time_json(time: StepTime) -> dict[str, float]:
+    """Seconds of a step."""
+    return asdict(time) | {"sequential": time.sequential, "overlapped": time.overlapped}
+
+
 def _layouts(setting: Setting, models: Models, given: Assumptions, as_json: bool) -> bool:
     comparison = compare_layouts(setting, models, setting.assumed.student_gpus or setting.config.world_size)
     if as_json:
-        print(json.dumps(_comparison_json(comparison)))  # noqa: T201
+        typer.echo(json.dumps(_comparison_json(comparison)))
     else:
         console = make_console()
         show_layouts(comparison, console)
@@ -95,7 +102,7 @@ def _scale(setting: Setting, models: Models, given: Assumptions, as_json: bool) 
     }
     if as_json:
         rows = {title: [_scaled_json(row) for row in rows] for title, rows in found.items()}
-        print(json.dumps({"gpus": GPU_COUNTS, **rows}))  # noqa: T201
+        typer.echo(json.dumps({"gpus": GPU_COUNTS, **rows}))
     else:
         console = make_console()
         show_scale(found, console)
@@ -111,6 +118,6 @@ def _scaled_json(row: Scaled | None) -> dict[str, Any] | None:
         "rollouts": row.rollouts,
         "student": {"layout": as_overrides(row.student.student), **student_json(row.student.plan)},
         "servers": [asdict(server) for server in [row.rollout, *row.frozen]],
-        "seconds": row.seconds | {"sequential": row.sequential},
-        "bottleneck": row.bottleneck,
+        "seconds": time_json(row.time),
+        "bottleneck": row.time.bottleneck,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_opd.config import Config, ServerConfig
@@ -78,6 +78,31 @@ class ServerPlan:
     problems: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of each stage of a step."""
+
+    generate: float
+    score: float
+    train: float
+    refresh: float
+
+    @property
+    def sequential(self) -> float:
+        """Of a step whose stages follow one another."""
+        return sum(asdict(self).values())
+
+    @property
+    def overlapped(self) -> float:
+        """Of a step if all roles always had work: the slowest role's, the refresh included where it takes part."""
+        return max(self.generate + self.refresh, self.score, self.train + self.refresh)
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that takes longest."""
+        return max(asdict(self).items(), key=lambda stage: stage[1])[0]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything about one config on one kind of GPU."""
@@ -97,30 +122,9 @@ class Plan:
         return self.setting.config.world_size + self.rollout.gpus + sum(server.gpus for server in self.frozen)
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each stage of a step. Teachers work side by side, so the slowest counts."""
-        return {
-            "generate": self.rollout.seconds,
-            "score": max(server.seconds for server in self.frozen),
-            "train": self.student.time.total,
-            "refresh": self.refresh_seconds,
-        }
-
-    @property
-    def sequential(self) -> float:
-        """Seconds of a step whose stages follow one another."""
-        return sum(self.seconds.values())
-
-    @property
-    def overlapped(self) -> float:
-        """Seconds of a step if all roles always had work: those of the slowest, refresh included where it takes part."""
-        found = self.seconds
-        return max(found["generate"] + found["refresh"], found["score"], found["train"] + found["refresh"])
-
-    @property
-    def bottleneck(self) -> str:
-        """The stage that takes longest."""
-        return max(self.seconds, key=lambda stage: self.seconds[stage])
+    def time(self) -> StepTime:
+        """Seconds of a step."""
+        return step_time(self.student, self.rollout, self.frozen, self.refresh_seconds)
 
     @property
     def problems(self) -> list[str]:
@@ -160,6 +164,11 @@ def make_plan(setting: Setting, models: Models) -> Plan:
         refresh_seconds=refresh_seconds(models.student, config.student.dtype, setting.assumed),
         notes=list(_notes(config, setting.step)),
     )
+
+
+def step_time(student: StudentPlan, rollout: ServerPlan, frozen: list[ServerPlan], refresh: float) -> StepTime:
+    """Teachers work side by side, so the slowest counts."""
+    return StepTime(rollout.seconds, max(server.seconds for server in frozen), student.time.total, refresh)
 
 
 def plan_student(setting: Setting, shape: ModelShape) -> StudentPlan:

@@ -44,7 +44,7 @@ class Lengths:
 
 @lru_cache
 def _survival_with_mean(wanted: float) -> np.ndarray:
-    """Share above each slice's middle of [0, 1] for a mean of ``wanted``, by bisection: the mean falls with the rate."""
+    """Share above each slice's middle of [0, 1] for a mean of ``wanted``; by bisection, it falls with the rate."""
     low, high = -STEEPEST, STEEPEST
     for _ in range(60):
         middle = (low + high) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from rich import box
 from rich.console import Console
@@ -84,13 +85,13 @@ def show_scale(found: dict[str, list[Scaled | None]], console: Console) -> None:
             if row is None:
                 table.add_row(f"{gpus:,}", *["-"] * 6, "does not fit")
                 continue
-            scoring = sum(server.gpus for server in row.frozen)
+            scoring, slowest = sum(server.gpus for server in row.frozen), row.time.bottleneck
             table.add_row(
                 *(f"{count:,}" for count in (gpus, row.rollouts, gpus - scoring - row.rollout.gpus)),
                 *(f"{count:,}" for count in (row.rollout.gpus, scoring)),
-                _seconds(row.sequential),
-                f"{row.bottleneck} {row.seconds[row.bottleneck] / row.sequential:.0%}",
-                f"{row.trained / row.sequential / gpus:,.0f}",
+                _seconds(row.time.sequential),
+                f"{slowest} {getattr(row.time, slowest) / row.time.sequential:.0%}",
+                f"{row.trained / row.time.sequential / gpus:,.0f}",
             )
             details.append(f"  {gpus:>5,} GPUs: student {_layout(row.student.student)}")
         console.print(table)
@@ -199,8 +200,8 @@ def _time_table(plan: Plan) -> Table:
     table = _table("Time of a step", "stage", "GPUs", "seconds", "of the step", "its GPUs idle", "")
     scoring = sum(server.gpus for server in plan.frozen)
     gpus = {"generate": plan.rollout.gpus, "score": scoring, "train": plan.setting.config.world_size}
-    for stage, seconds in plan.seconds.items():
-        share = seconds / plan.sequential
+    for stage, seconds in asdict(plan.time).items():
+        share = seconds / plan.time.sequential
         count = gpus.get(stage)
         table.add_row(
             stage,
@@ -208,7 +209,7 @@ def _time_table(plan: Plan) -> Table:
             _seconds(seconds),
             f"{share:.0%}",
             "" if count is None else f"{1 - share:.0%}",
-            "<- bottleneck" if stage == plan.bottleneck else "",
+            "<- bottleneck" if stage == plan.time.bottleneck else "",
         )
     time = plan.student.time
     parts = {"bubble": time.bubble, "messages": time.messages, "gradients": time.gradients, "uneven rows": time.uneven}
@@ -218,17 +219,17 @@ def _time_table(plan: Plan) -> Table:
 
 
 def _totals(plan: Plan, console: Console) -> None:
-    steps, seconds = plan.setting.config.steps, plan.seconds
+    steps, time = plan.setting.config.steps, plan.time
     rows = [
-        ("one after the other", plan.sequential, "as strictly on-policy steps are"),
-        ("all at once", plan.overlapped, "the slowest role alone, if batches were one or two steps old"),
+        ("one after the other", time.sequential, "as strictly on-policy steps are"),
+        ("all at once", time.overlapped, "the slowest role alone, if batches were one or two steps old"),
     ]
     table = _table("Step and run", "stages", "step", f"{steps:,} steps", "GPU-hours", "", left=(0, 4))
     for name, step, meaning in rows:
         hours = step * steps / 3600
         table.add_row(name, f"{_seconds(step)} s", f"{hours:,.3g} h", f"{hours * plan.gpus:,.3g}", meaning)
     console.print(table)
-    share = seconds["score"] / plan.sequential
+    share = time.score / time.sequential
     lines = [f"teachers: {share:.0%} of the step's time, {plan.operations.teacher_share:.0%} of its operations"]
     lines += [f"note: {note}" for note in plan.notes]
     for line in lines:

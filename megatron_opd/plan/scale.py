@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_opd.plan.estimate import Models, ServerPlan, make_setting, plan_frozen, plan_rollout
+from megatron_opd.plan.estimate import (
+    Models,
+    ServerPlan,
+    StepTime,
+    make_setting,
+    plan_frozen,
+    plan_rollout,
+    step_time,
+)
 from megatron_opd.plan.layouts import Candidate, compare_layouts
 from megatron_opd.plan.training import refresh_seconds
 from megatron_opd.plan.work import Setting
@@ -24,28 +32,8 @@ class Scaled:
     student: Candidate
     rollout: ServerPlan
     frozen: list[ServerPlan]
-    refresh: float  # seconds
+    time: StepTime
     trained: float  # tokens of a step
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each stage of a step."""
-        return {
-            "generate": self.rollout.seconds,
-            "score": max(server.seconds for server in self.frozen),
-            "train": self.student.plan.time.total,
-            "refresh": self.refresh,
-        }
-
-    @property
-    def sequential(self) -> float:
-        """Seconds of a step whose stages follow one another."""
-        return sum(self.seconds.values())
-
-    @property
-    def bottleneck(self) -> str:
-        """The stage that takes longest."""
-        return max(self.seconds, key=lambda stage: self.seconds[stage])
 
 
 def scale(setting: Setting, models: Models, *, grow: bool) -> list[Scaled | None]:
@@ -71,6 +59,7 @@ def best_division(setting: Setting, models: Models, gpus: int) -> Scaled | None:
         fitting = compare_layouts(setting, models, ranks).fitting
         return fitting[0] if fitting else None
 
+    refresh = refresh_seconds(models.student, setting.config.student.dtype, setting.assumed)
     best: Scaled | None = None
     for ranks, sampling, scoring in divisions(setting, gpus):
         student = student_on(ranks)
@@ -81,9 +70,9 @@ def best_division(setting: Setting, models: Models, gpus: int) -> Scaled | None:
         rollout, frozen = plan_rollout(case, models.student), plan_frozen(case, models)
         if any(server.problems for server in [rollout, *frozen]):
             continue
-        refresh = refresh_seconds(models.student, setting.config.student.dtype, assumed)
-        found = Scaled(gpus, setting.step.rollouts, student, rollout, frozen, refresh, setting.step.trained)
-        if best is None or found.sequential < best.sequential:
+        time = step_time(student.plan, rollout, frozen, refresh)
+        found = Scaled(gpus, setting.step.rollouts, student, rollout, frozen, time, setting.step.trained)
+        if best is None or time.sequential < best.time.sequential:
             best = found
     return best
 
