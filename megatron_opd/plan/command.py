@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from megatron_opd.config import Config
+from megatron_opd.errors import ConfigError
 from megatron_opd.plan.assumptions import Assumptions, parse_assumptions
 from megatron_opd.plan.estimate import Models, Plan, StepTime, StudentPlan, make_plan, make_setting, read_models
 from megatron_opd.plan.hardware import find_gpu
@@ -23,6 +24,8 @@ def plan(config: Config, gpu: str, items: list[str], *, layouts: bool, scaled: b
 
     items: ``key=value`` assumptions. Raises OpdError for what cannot be planned.
     """
+    if layouts and scaled:
+        raise ConfigError("Two different questions at once", got="--layouts and --scale", fix="ask one after the other")
     given = parse_assumptions(items)
     models = read_models(config)
     setting = make_setting(config, find_gpu(gpu), given)

@@ -61,7 +61,7 @@ def show_layouts(comparison: Comparison, console: Console) -> None:
             describe(found.student),
             found.student.recompute,
             gib(found.plan.peak),
-            _seconds(time.total),
+            _number(time.total),
             *(f"{part / time.total:.0%}" for part in (time.bubble, time.messages + time.gradients, time.uneven)),
             str(found.plan.micro_batches),
         )
@@ -89,7 +89,7 @@ def show_scale(found: dict[str, list[Scaled | None]], console: Console) -> None:
             table.add_row(
                 *(f"{count:,}" for count in (gpus, row.rollouts, gpus - scoring - row.rollout.gpus)),
                 *(f"{count:,}" for count in (row.rollout.gpus, scoring)),
-                _seconds(row.time.sequential),
+                _number(row.time.sequential),
                 f"{slowest} {getattr(row.time, slowest) / row.time.sequential:.0%}",
                 f"{row.trained / row.time.sequential / gpus:,.0f}",
             )
@@ -145,7 +145,11 @@ def _student_table(plan: Plan) -> Table:
     names = ["GiB"] if len(stages) == 1 else [f"stage {stage}" for stage in shown]
     table = _table("Memory of a student's rank, GiB", "part", *names)
     for part, label in MEMORY_PARTS.items():
-        table.add_row(label, *(gib(stages[stage].parts()[part]) for stage in shown), end_section=part == "refresh")
+        table.add_row(
+            label,
+            *(gib(size) if (size := stages[stage].parts()[part]) else "-" for stage in shown),
+            end_section=part == "refresh",
+        )
     verdict = "fits" if student.fits else "DOES NOT FIT"
     table.add_row(f"usable of a GPU: {verdict}", *[gib(student.usable)] * len(shown), end_section=True)
     saved = plain_logits_bytes(plan.models.student, plan.setting.config.student, largest_row(plan.setting))
@@ -156,7 +160,7 @@ def _student_table(plan: Plan) -> Table:
 
 
 def _server_table(servers: Iterable[ServerPlan]) -> Table:
-    columns = ("role", "GPUs", "replicas", "weights", "cache", "cache, tokens", "at once", "logits", "")
+    columns = ("role", "GPUs", "replicas", "weights", "cache", "cache, tokens", "at once", "logits", "fits")
     table = _table("Engines and teachers, GiB on each GPU", *columns)
     for server in servers:
         table.add_row(
@@ -168,7 +172,7 @@ def _server_table(servers: Iterable[ServerPlan]) -> Table:
             f"{server.cache_tokens:,.0f}",
             f"{server.together:,.0f}",
             gib(server.scoring) if server.scoring else "",
-            "fits" if not server.problems else "DOES NOT FIT",
+            "NO" if server.problems else "yes",
         )
     return table
 
@@ -206,7 +210,7 @@ def _time_table(plan: Plan) -> Table:
         table.add_row(
             stage,
             "" if count is None else str(count),
-            _seconds(seconds),
+            _number(seconds),
             f"{share:.0%}",
             "" if count is None else f"{1 - share:.0%}",
             "<- bottleneck" if stage == plan.time.bottleneck else "",
@@ -227,7 +231,7 @@ def _totals(plan: Plan, console: Console) -> None:
     table = _table("Step and run", "stages", "step", f"{steps:,} steps", "GPU-hours", "", left=(0, 4))
     for name, step, meaning in rows:
         hours = step * steps / 3600
-        table.add_row(name, f"{_seconds(step)} s", f"{hours:,.3g} h", f"{hours * plan.gpus:,.3g}", meaning)
+        table.add_row(name, f"{_number(step)} s", f"{_number(hours)} h", _number(hours * plan.gpus), meaning)
     console.print(table)
     share = time.score / time.sequential
     lines = [f"teachers: {share:.0%} of the step's time, {plan.operations.teacher_share:.0%} of its operations"]
@@ -248,6 +252,6 @@ def _table(title: str, *columns: str, left: tuple[int, ...] = (0,)) -> Table:
     return table
 
 
-def _seconds(seconds: float) -> str:
+def _number(value: float) -> str:
     """Three digits, or as many as a whole number has."""
-    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -15,7 +15,7 @@ from megatron_opd.config import Config, load_config
 from megatron_opd.errors import ConfigError, ModelError
 from megatron_opd.plan.activations import MicroBatch
 from megatron_opd.plan.assumptions import parse_assumptions
-from megatron_opd.plan.command import plan_json
+from megatron_opd.plan.command import plan, plan_json
 from megatron_opd.plan.estimate import Plan, make_plan, make_setting, read_models
 from megatron_opd.plan.hardware import GPUS, find_gpu
 from megatron_opd.plan.layouts import compare_layouts
@@ -179,8 +179,11 @@ def test_impossible_requests_are_refused() -> None:
         plan_of("rollout.server.tensor_parallel=2", assume=("rollout_gpus=3",))
     with pytest.raises(ConfigError, match="h100"):
         find_gpu("h1000")
-    with pytest.raises(ModelError, match="conf/plan/models"):
+    with pytest.raises(ConfigError, match="Two different questions"):
+        plan(config_of(), "h100", [], layouts=True, scaled=True, as_json=False)
+    with pytest.raises(ModelError) as found:
         read_models(config_of("student.model=nowhere"))
+    assert "conf/plan/models" in str(found.value)
 
 
 def test_every_gpu_names_its_source() -> None:
