@@ -3,12 +3,11 @@
     python tools/plan_check.py
     python tools/plan_check.py --only tp2,pp2 --json
 
-Under each layout real Megatron ranks build a tiny random student and train two steps. Weights, gradient buffers and
+Under each layout real Megatron ranks build a tiny random student and train a step. Weights, gradient buffers and
 optimizer state are the bytes of the live tensors. Activations are the most bytes at once that autograd holds for the
-backward pass in the first step, each storage counted once, weights not counted. All of a step is the most that torch
-allocates at once in the second step beyond what is there before it: activations, and what the backward pass and the
-optimizer need for a moment. Copies that gloo makes of what it sends are left out; NCCL makes none. The fullest pipeline
-stage counts, in the measurement and in the plan.
+backward pass, each storage counted once, weights not counted. Both passes is the most that torch allocates at once in
+another forward and backward pass: activations, and what the backward pass needs for a moment; copies that gloo makes
+of what it sends are left out, NCCL makes none. The fullest pipeline stage counts, in the measurement and in the plan.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ from megatron_opd.plan.activations import MicroBatch
 from megatron_opd.plan.memory import stage_memory
 from megatron_opd.plan.shape import read_shape
 from megatron_opd.records import PackedBatch
+from megatron_opd.student import step
 from megatron_opd.student.build import Student, build_student, init_distributed
-from megatron_opd.student.step import train_step
+from megatron_opd.student.rows import batch_rows
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "all of a step")
+PARTS = ("weights", "gradients", "optimizer", "activations", "both passes")
 ROWS, SEQUENCES = 6, (160, 96)  # micro-batches of each data-parallel rank, and what is in each
 _SIZES = {
     "vocab_size": 2000,
@@ -132,8 +133,8 @@ def measure(result: Path, config: Config) -> None:
     student = build_student(config)
     kept = Kept({weight.untyped_storage().data_ptr() for chunk in student.model for weight in chunk.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(kept.keep, Held.tensor_of):
-        train_step(student, make_batch(), LossConfig())
-    mine = {**resident_bytes(student), "activations": kept.peak, "all of a step": allocated_bytes(student)}
+        step.train_step(student, make_batch(), LossConfig())
+    mine = {**resident_bytes(student), "activations": kept.peak, "both passes": allocated_bytes(student)}
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, mine)
     if dist.get_rank() == 0:
@@ -165,17 +166,19 @@ def resident_bytes(student: Student) -> dict[str, int]:
 
 
 def allocated_bytes(student: Student) -> int:
-    """Most bytes at once that a step allocates and frees again, without gloo's copies of what it sends."""
+    """Most bytes at once that a forward and backward pass allocates, without gloo's copies of what it sends."""
+    student.bridge.config.finalize_model_grads_func = lambda *_, **__: None  # gloo copies whole buffers to sum them
+    batch = make_batch()
+    score = partial(step._loss_of_row, denominator=batch.denominator, loss=LossConfig())
+    rows = batch_rows(student, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train_step(student, make_batch(), LossConfig())
+        step._run(student, rows, score, forward_only=False)
     events = sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree()))
-    now, peak, sent = 0, 0, set()
+    now, peak, counted = 0, 0, {}  # bytes by address
     for _, place, size, sends in events:
-        if size > 0 and sends:
-            sent.add(place)
-        elif size < 0 and place in sent:
-            sent.remove(place)
-        else:
+        now -= counted.pop(place, 0)  # freed here, or by a thread of gloo that the profile does not see
+        if size > 0 and not sends:
+            counted[place] = size
             now += size
             peak = max(peak, now)
     return peak

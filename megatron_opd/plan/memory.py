@@ -97,19 +97,19 @@ def stage_memory(config: Config, shape: ModelShape, stage: int, row: MicroBatch,
     value = VALUE_BYTES[student.dtype]
     params = stage_params(shape, student, stage)
     layers = shape.layers // student.pipeline_parallel
-    recomputed = recomputed_bytes(shape, student, row)
     is_last = stage == student.pipeline_parallel - 1
+    # The backward pass begins with the head; when it reaches a layer, what the head kept is gone.
     head = head_bytes(shape, student, row, config.scoring.top_k) if is_last else 0.0
+    recomputed = recomputed_bytes(shape, student, row)
+    at_head = head + (head_workspace(shape, student, row, config) if is_last else 0.0)
+    at_layer = recomputed + layer_workspace(shape, student, row)
     kept = layers * in_flight(student, stage, rows) * kept_bytes(shape, student, row)
     return StageMemory(
         weights=value * params.total,
         gradients=FLOAT * params.total,
         optimizer=optimizer_bytes(params, student),
-        # What is made again in the backward pass of a layer is there when the head's is gone.
         activations=kept + max(head, recomputed),
-        workspace=max(
-            layer_workspace(shape, student, row), head_workspace(shape, student, row, config) if is_last else 0
-        ),
+        workspace=max(at_head, at_layer) - max(head, recomputed),
         refresh=refresh_bytes(config, shape) if stage == 0 else 0.0,
     )
 
@@ -126,7 +126,9 @@ def layer_workspace(shape: ModelShape, student: StudentConfig, row: MicroBatch) 
     value = VALUE_BYTES[student.dtype]
     split = student.expert_tensor if shape.experts else student.tensor_parallel
     tokens = expert_tokens(shape, student, row) if shape.experts else row.tokens / student.context_parallel
-    by_tensors = value * tokens * (3 * shape.ffn / split + shape.hidden)
+    # Experts' outputs are weighted, and their gradients are copied before and after they travel.
+    wide, copies = (4, 3) if shape.experts else (3, 1)
+    by_tensors = value * tokens * (wide * shape.ffn / split + copies * shape.hidden)
     by_matrix = value * 2 * shape.hidden * shape.ffn / split
     return by_tensors + by_matrix + 2 * layer_input(shape, student, row)
 

@@ -37,7 +37,7 @@ def test_weights_and_optimizer_are_exact_and_gradients_but_for_padding(layout: s
     assert 0.998 <= parts["gradients"]["planned"] / parts["gradients"]["measured"] <= 1
 
 
-@pytest.mark.parametrize("part", ["activations", "all of a step"])
+@pytest.mark.parametrize("part", ["activations", "both passes"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activations_and_peak_are_within_15_percent(layout: str, part: str, found: dict) -> None:
     sizes = found[layout][part]
