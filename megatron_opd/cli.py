@@ -73,6 +73,29 @@ def audit(
         typer.echo("\n".join(run_audit(run, out).lines()))
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h20, h100, h200, b200 and others")] = "h100",
+    assume: Annotated[list[str] | None, typer.Option(help="key=value that the config does not say")] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Try all layouts of the student, rank those that fit")
+    ] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="The models on 8, 64, 512 and 4096 GPUs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers for a program")] = False,
+) -> None:
+    """Calculate memory, work and time of a run, before any GPU is rented. Exit code 1: it does not fit."""
+    from megatron_opd.config import load_config
+    from megatron_opd.observe.console import RunConsole
+    from megatron_opd.plan.command import plan as make_plan
+
+    with _told(RunConsole()):
+        settings = load_config(config, overrides or [])
+        if not make_plan(settings, gpu, assume or [], layouts=layouts, scaled=scale, as_json=as_json):
+            raise typer.Exit(1)
+
+
 @app.command("config")
 def show_config() -> None:
     """Print every key of the config with its type, default and meaning."""
