@@ -10,6 +10,7 @@ from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_tokenizer
 from megatron_opd.engines.command import check_engine_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
+from megatron_opd.observe.sinks import check_sinks
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
 
 
@@ -19,6 +20,7 @@ def preflight(config: Config) -> None:
 
 
 def _mistakes(config: Config) -> Iterator[OpdError]:
+    yield from attempt(lambda: check_sinks(config.sinks))
     frozen = {f"teachers.{domain}": teacher for domain, teacher in config.teachers.items()}
     frozen |= {"reference": config.reference} if config.reference else {}
     servers = [config.rollout.server, *(teacher.server for teacher in frozen.values())]
