@@ -137,7 +137,9 @@ class RunConsole(ProgressConsole):
             match event["event"]:
                 case "live":
                     info = event["info"]
-                    self._say(f"student is ready: {info['backend']} layers on {info['device']} ({info['backend_reason']})")
+                    self._say(
+                        f"student is ready: {info['backend']} layers on {info['device']} ({info['backend_reason']})"
+                    )
                     self._say(f"its log-probs and the engine's agree to {event['probe_difference']:.1g}")
                 case "evaluating":
                     self._say(f"evaluating {event['when']} training on {event['prompts']} held-out prompts")
