@@ -21,7 +21,7 @@ from rich.table import Table
 
 from megatron_opd.config import Config
 from megatron_opd.errors import OpdError
-from megatron_opd.observe.activity import read_activity
+from megatron_opd.observe.activity import Doing, read_activity
 from megatron_opd.observe.lines import banner_lines, duration, percent, result_lines, step_line
 from megatron_opd.observe.recorder import follow
 from megatron_opd.runtime.rundir import RunDirectory
@@ -108,15 +108,14 @@ class RunConsole(ProgressConsole):
     def waiting(self, names: list[str], seconds: float) -> None:
         """Called again and again: ``names`` are not ready after ``seconds``, or else the run does what it says."""
         if names:
-            what, limit = f"waiting for {', '.join(names)}", self._config.engine.start_timeout_s
-            self._wait_on(what, seconds, what, f"of at most {duration(limit)}")
+            limit = duration(self._config.engine.start_timeout_s)
+            self._wait_on("servers", seconds, f"waiting for {', '.join(names)}", f"of at most {limit}")
+        elif (doing := read_activity(self._run.activity)) is not None:
+            self._wait_on_activity(doing)
         else:
-            self._wait_on_activity()
+            self._wait_on("student", seconds, "waiting for the student's first weights", "since the start")
 
-    def _wait_on_activity(self) -> None:
-        doing = read_activity(self._run.activity)
-        if doing is None:
-            return
+    def _wait_on_activity(self, doing: Doing) -> None:
         counted = f" {doing.done}/{doing.total}" if doing.total else ""
         left = "" if doing.left_s is None else f"about {duration(doing.left_s)} to go"
         self._wait_on(doing.what, time.time() - doing.began, doing.what + counted, left)

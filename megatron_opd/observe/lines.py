@@ -29,7 +29,7 @@ COLUMNS = (
     Column("auc", "order/auc", "{:.2f}", 4, 3),
     Column("shift", "calibration/mean_shift", "{:.2f}", 4, 4),
     Column("length", "rollout/length", "{:.0f}", 5, 5),
-    Column("grad", "loss/grad_norm", "{:.2f}", 6, 6),
+    Column("grad", "loss/grad_norm", "{:.2f}", 5, 6),
     Column("collect", "time/collect_s", "{:.1f}s", 6, 7),
     Column("train", "time/train_s", "{:.1f}s", 6, 7),
     Column("tok/s", "perf/tokens_per_s", "{:.0f}", 6, 2),

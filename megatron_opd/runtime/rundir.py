@@ -128,6 +128,7 @@ class RunDirectory:
         for folder in (self.logs, self.trajectories, self.checkpoints.path):
             folder.mkdir(exist_ok=True)
         self.events.touch()
+        self.activity.unlink(missing_ok=True)  # of an earlier start
         if not self._identity.is_file():
             self._replace(self._identity, json.dumps({"id": secrets.token_hex(8), "created": time.time()}))
         self._replace(self.path / "endpoints.json", json.dumps(asdict(endpoints), indent=2))

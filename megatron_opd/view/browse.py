@@ -11,6 +11,7 @@ import numpy as np
 from megatron_opd.audit.heatmap import Heat, TokenTexts, colour_limit, heat, visible
 from megatron_opd.audit.panels import Panel, shift_histograms
 from megatron_opd.audit.read import Rollouts, fetch, read_rollouts
+from megatron_opd.observe.trajectories import STATES
 
 FILES = 3  # steps that rollouts are shown of: the first, one in the middle, the newest
 ROLLOUTS = 48  # most that are shown
@@ -83,12 +84,24 @@ def pick(rollouts: Rollouts, most: int) -> list[int]:
     kinds: dict[tuple, list[int]] = {}
     for index in range(len(rollouts.step)):
         kind = (-int(rollouts.step[index]), str(rollouts.domain[index]), -int(rollouts.outcome[index]))
-        kinds.setdefault((*kind, str(rollouts.state[index])), []).append(index)
+        kinds.setdefault((*kind, STATES.index(rollouts.state[index])), []).append(index)
+    kinds = {kind: _spread(own, rollouts.group) for kind, own in kinds.items()}
     chosen: list[tuple[tuple, int]] = []
     for turn in range(most):
         left = [(kind, own[turn]) for kind, own in sorted(kinds.items()) if turn < len(own)]
         chosen += left[: most - len(chosen)]
     return [index for _, index in sorted(chosen)]
+
+
+def _spread(indices: list[int], groups: np.ndarray) -> list[int]:
+    """The first of each group, then the second of each, and so on."""
+    turns: dict[int, int] = {}
+    ranked = []
+    for index in indices:
+        turn = turns.get(int(groups[index]), 0)
+        turns[int(groups[index])] = turn + 1
+        ranked.append((turn, index))
+    return [index for _, index in sorted(ranked)]
 
 
 def _sample(row: dict, texts: TokenTexts, limit: float) -> Sample:

@@ -150,7 +150,7 @@ def _hoverable(
     known = [value for line in series for value in line.values if value is not None]
     if not known:
         return line_chart(title, x, series, form, x_label="step")
-    ticks = nice_ticks(min(known), max(known), 5)
+    ticks = _ticks(min(known), max(known))
     first, last = x[0][0], x[-1][0]
     margin = 0.03 * max(last - first, 1)
     frame = Frame((first - margin, last + margin), (ticks[0], ticks[-1]), _spoken(title, x, series, form), NARROW)
@@ -167,6 +167,14 @@ def _hoverable(
     for number in range(len(x)):
         _strip(frame, x, number, series, form)
     return frame.markup()
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers around the values, but none below 0 where no value is."""
+    if low == high == 0:
+        return [0.0, 1.0]
+    ticks = nice_ticks(low, high, 5)
+    return [value for value in ticks if value >= 0] if low >= 0 else ticks
 
 
 def _strip(

@@ -6,6 +6,7 @@ page's policy forbids scripts and requests; filters and values under the pointer
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ def render(history: History, browser: Browser | None, no_rollouts: str) -> str:
         "visible": visible,
     }
     domains = sorted(history.config.teachers)
+    samples = browser.samples if browser else []
     styles = {domain: f"d{number % audit_page.DOMAIN_COLOURS}" for number, domain in enumerate(domains)}
     return environment.get_template("view.html.jinja").render(
         version=__version__,
@@ -77,8 +79,8 @@ def render(history: History, browser: Browser | None, no_rollouts: str) -> str:
         stages=STAGES + TRAINER,
         browser=browser,
         no_rollouts=no_rollouts,
-        outcomes=list(OUTCOMES.values()),
-        fates=FATES,
+        outcomes=[pair for pair in OUTCOMES.values() if pair[0] in {item.outcome for item in samples}],
+        fates={state: name for state, name in FATES.items() if state in {item.state for item in samples}},
         levels=LEVELS,
         troubles=troubles(history.events),
         changes=changes(history.config),
@@ -93,7 +95,8 @@ def headline(history: History) -> str:
         case "running":
             return f"Running: {done}" + (f"; {_doing(history)}" if history.doing else "")
         case "finished":
-            return f"Finished: {done}" + ("" if history.seconds is None else f" in {duration(history.seconds)}")
+            wall_s = json.loads(history.run.summary.read_text())["wall_s"]
+            return f"Finished: {done} in {duration(wall_s)}"
         case "failed":
             return f"Failed after {done}"
         case "stopped":
