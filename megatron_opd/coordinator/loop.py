@@ -180,7 +180,7 @@ class Loop:
             self.progress.evaluations[kind] = self.progress.evaluations.get(kind, {}) | found
             shares = {domain: accuracy.value for domain, accuracy in found.items()}
             errors = {domain: accuracy.standard_error for domain, accuracy in found.items()}
-            self.recorder.event("evaluated", when=name, accuracy=shares, standard_error=errors)
+            self.recorder.evaluated(self.progress.step, name, shares, errors)
 
     async def _grade(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Graded]:
         graded = await evaluate(engine, self.stages.verifiers, prompts, self.config, self.activity.advance)

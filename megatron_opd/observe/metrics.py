@@ -22,6 +22,7 @@ GROUPS = {
     "refresh": "new weights for the rollout engine",
     "perf": "speed and how evenly work is spread",
     "time": "where the seconds of a step go",
+    "eval": "accuracy on held-out prompts; not in metrics.jsonl, but in the sinks and /metrics",
 }
 
 
@@ -56,7 +57,7 @@ def metrics_table() -> str:
     for group, meaning in GROUPS.items():
         rows = [(name, metric) for name, metric in METRICS.items() if name.startswith(f"{group}/")]
         parts.append(
-            f"#### `{group}/`: {meaning}\n\n| metric | meaning | how to read it | what to do |\n|---|---|---|---|"
+            f"### `{group}/`: {meaning}\n\n| metric | meaning | how to read it | what to do |\n|---|---|---|---|"
         )
         parts[-1] += "".join(
             f"\n| `{name}` | {metric.meaning} ({metric.unit}) | {metric.reading} | {metric.action} |"

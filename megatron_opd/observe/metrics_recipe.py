@@ -54,7 +54,7 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
     "opd/engine_trainer_difference": (
         "Mean absolute difference between the log-probs of trainer and rollout engine on the trained tokens",
         "nats",
-        "rounding only: 1e-6 in float32, about 1e-2 in bfloat16",
+        "rounding only: about 1e-7 in float32, more in bfloat16",
         "larger: the two do not compute the same policy; compare dtypes, look at refresh/probe_difference",
     ),
     "balance/kept": (

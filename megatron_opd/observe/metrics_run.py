@@ -90,7 +90,7 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
     "refresh/probe_difference": (
         "Largest difference of log-probs between engine and trainer on the probe sequence after the refresh",
         "nats",
-        "constant: rounding, about 1e-6 in float32 and up to 1e-2 in bfloat16",
+        "constant: rounding, about 1e-5 in float32, more in bfloat16",
         "growing, or near refresh.probe_tolerance (the run stops there): both do not compute the same model",
     ),
     "perf/tokens_per_s": (
@@ -152,5 +152,23 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "s",
         "proportional to loss/tokens",
         "large: more ranks, see docs/student.md for layouts",
+    ),
+    "eval/before": (
+        "Share of correct ones among the graded responses before training",
+        "share",
+        "the base line",
+        "0 or 1: this domain's held-out prompts cannot show progress",
+    ),
+    "eval/after": (
+        "The same after training",
+        "share",
+        "compare with eval/before, in units of the standard error (summary.json, the report)",
+        "lower than before: see reward/correct, rollout/length and the trajectories",
+    ),
+    "eval/teacher": (
+        "The same of the domain's teacher",
+        "share",
+        "what the student can hope for",
+        "below eval/before: this teacher has nothing to teach here",
     ),
 }

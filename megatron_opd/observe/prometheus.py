@@ -1,6 +1,6 @@
 """The numbers of a run in Prometheus' text format, for the coordinator's ``/metrics``.
 
-Each metric of ``metrics.jsonl`` is a gauge with the value of the newest step: ``opd/gap/math`` is
+Each metric of ``metrics.jsonl``, and each accuracy, is a gauge with its newest value: ``opd/gap/math`` is
 ``megatron_opd_opd_gap{domain="math"}``. Counters count since this process started, as Prometheus expects.
 
 Format: https://prometheus.io/docs/instrumenting/exposition_formats, text version 0.0.4.
@@ -31,8 +31,9 @@ class Exposition:
         self._counts: Counter[str] = Counter()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """The numbers of a finished step."""
-        self._step, self._metrics = step, metrics
+        """The numbers of a finished step, or of an evaluation after it."""
+        self._step = step
+        self._metrics |= metrics
         for name, (source, _) in COUNTED.items():
             self._counts[name] += metrics.get(source, 0)
 

@@ -17,7 +17,7 @@ class Listener(Protocol):
     """Somebody else who wants the numbers of each step; must return at once and not raise."""
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """The numbers of a finished step, as in ``metrics.jsonl``."""
+        """The numbers of a finished step, as in ``metrics.jsonl``, or of an evaluation after it."""
 
 
 class Recorder:
@@ -40,6 +40,17 @@ class Recorder:
         """The numbers of a finished step, also shown on the console."""
         self._append(self._metrics, {"step": step, **metrics})
         self.event("step", step=step, metrics=metrics)
+        self._pass_on(step, metrics)
+
+    def evaluated(
+        self, step: int, when: str, accuracy: dict[str, float | None], standard_error: dict[str, float | None]
+    ) -> None:
+        """Accuracy by domain after ``step`` steps; when: "before", "after", or "teacher <domain>"."""
+        self.event("evaluated", when=when, accuracy=accuracy, standard_error=standard_error)
+        known = {domain: value for domain, value in accuracy.items() if value is not None}
+        self._pass_on(step, {f"eval/{when.split()[0]}/{domain}": value for domain, value in known.items()})
+
+    def _pass_on(self, step: int, metrics: dict[str, float]) -> None:
         for listener in self._listeners:
             listener.step(step, metrics)
 

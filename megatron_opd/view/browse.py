@@ -73,7 +73,7 @@ def browse(files: Sequence[Path], texts: TokenTexts) -> Browser:
         samples=[_sample(row, texts, limit) for row in ordered],
         limit=limit,
         returns={
-            str(domain): shift_histograms(str(domain), scored.take(scored.domain == domain))
+            visible(domain): shift_histograms(visible(domain), scored.take(scored.domain == domain))
             for domain in np.unique(scored.domain)
         },
     )

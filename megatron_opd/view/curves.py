@@ -22,6 +22,7 @@ from megatron_opd.audit.charts import (
     nice_ticks,
     whole_ticks,
 )
+from megatron_opd.audit.heatmap import visible
 from megatron_opd.observe.metrics import METRICS, split_name
 
 POINTS = 60  # most points of a curve; a longer run is averaged over equally many steps for each
@@ -115,7 +116,7 @@ def _curve(names: tuple[str, ...], rows: Sequence[dict[str, float]], known: set[
         lines += [] if domains else [("all", "all", names[0])]
     windows = _windows(rows)
     series = [Series(name, style, [_mean(own, source) for own in windows]) for name, style, source in lines]
-    chart = _hoverable(names[0], _places(windows), series, formats.percent_tick if share else formats.tick)
+    chart = _hoverable(visible(names[0]), _places(windows), series, formats.percent_tick if share else formats.tick)
     meanings = [METRICS[name] for name in names if name in METRICS]
     unit = f"; {metric.unit}" if metric and metric.unit not in ("share", "ratio", "1") else ""
     return Curve(
