@@ -59,9 +59,8 @@ async def coordinate(run: RunDirectory) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(open_sinks(config, run, recorder))
         await _serve(stack, make_app(board, token(), exposition), endpoints.coordinator)
-        attempts, top_k = config.scoring.attempts, config.scoring.top_k
+        attempts, top_k, seed = config.scoring.attempts, config.scoring.top_k, config.sampling_seed
         client = await _client(stack, endpoints.rollout, config)
-        seed = config.sampling_seed
         engine = RolloutEngine(client, tokenizer, attempts, top_k, seed)
         clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
         reference = await _client(stack, endpoints.reference, config) if endpoints.reference else None

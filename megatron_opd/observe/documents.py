@@ -10,13 +10,14 @@ from megatron_opd.observe.reference import config_tables
 BEGIN, END = "<!-- made by tools/make_docs.py: begin -->", "<!-- made by tools/make_docs.py: end -->"
 CONFIGURATION = """# Configuration
 
-Every key of a run's config, made from the schema (`megatron_opd/config/`) by `tools/make_docs.py`. `megatron-opd config`
-prints the same. A YAML file holds what differs from the defaults; any key can be changed on the command line:
+Every key of a run's config, made from the schema (`megatron_opd/config/`) by `tools/make_docs.py`;
+`megatron-opd config` prints the same. A YAML file holds what differs from the defaults, and any key can be changed on
+the command line:
 
     megatron-opd train conf/toy.yaml steps=20 optimizer.lr=1e-4 calibration=null
 
-`<name>` stands for a domain. A section of type `... | null` is off while it is null, and on as soon as one of its keys is
-given. `(required)`: there is no default.
+`<name>` stands for a domain. A section of type `... | null` is off while it is null, and on as soon as one of its keys
+is given. `(required)`: there is no default.
 
 """
 

@@ -174,8 +174,6 @@ async def test_a_browser_shows_values_filters_and_both_calibrations(page: Path, 
         unnamed = "[...document.querySelectorAll('svg')].filter(e => !e.getAttribute('aria-label')).length"
         assert await tab.ask(unnamed) == 0
         await tab.picture(tmp_path / "wide.png")
-        await tab.ask("document.querySelector('#timeline').scrollIntoView()")
-        await tab.picture(tmp_path / "timeline.png")
 
         await tab.dark()
         assert await tab.ask("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 31)"
