@@ -95,7 +95,8 @@ def make_app(board: BatchBoard, token: str, exposition: Exposition) -> web.Appli
         return web.Response(text="ok")
 
     async def metrics(_: web.Request) -> web.Response:
-        page = exposition.text(refreshes=len(board.reports), version=board.expected - 1)
+        version = board.expected - 1 if board.reports else None
+        page = exposition.text(refreshes=len(board.reports), version=version)
         return web.Response(body=page.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     async def batch(request: web.Request) -> web.Response:

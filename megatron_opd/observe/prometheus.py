@@ -37,10 +37,11 @@ class Exposition:
         for name, (source, _) in COUNTED.items():
             self._counts[name] += metrics.get(source, 0)
 
-    def text(self, refreshes: int, version: int) -> str:
-        """The page. refreshes: weight refreshes since the start; version: optimizer steps behind the live weights."""
+    def text(self, refreshes: int, version: int | None) -> str:
+        """The page. refreshes: since the start; version: optimizer steps behind the live weights, None: none live yet."""
         lines = _family("step", "gauge", "Newest finished optimizer step.", {"": self._step})
-        lines += _family("weight_version", "gauge", "Optimizer steps behind the engine's weights.", {"": version})
+        if version is not None:
+            lines += _family("weight_version", "gauge", "Optimizer steps behind the engine's weights.", {"": version})
         lines += _family("weight_refreshes_total", "counter", "Refreshes of the engine's weights.", {"": refreshes})
         for name, (_, meaning) in COUNTED.items():
             lines += _family(name, "counter", meaning, {"": self._counts[name]})

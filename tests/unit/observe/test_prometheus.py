@@ -55,5 +55,6 @@ def test_gauges_counters_and_labels() -> None:
 
 
 def test_a_run_without_a_step_has_a_page() -> None:
-    found = parsed(Exposition().text(refreshes=0, version=-1))
+    found = parsed(Exposition().text(refreshes=0, version=None))
     assert found["megatron_opd_step"][2] == [["megatron_opd_step", {}, 0]]
+    assert "megatron_opd_weight_version" not in found
