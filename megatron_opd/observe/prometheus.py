@@ -38,7 +38,7 @@ class Exposition:
             self._counts[name] += metrics.get(source, 0)
 
     def text(self, refreshes: int, version: int | None) -> str:
-        """The page. refreshes: since the start; version: optimizer steps behind the live weights, None: none live yet."""
+        """The page. refreshes: so far; version: optimizer steps behind the live weights, None before there are any."""
         lines = _family("step", "gauge", "Newest finished optimizer step.", {"": self._step})
         if version is not None:
             lines += _family("weight_version", "gauge", "Optimizer steps behind the engine's weights.", {"": version})
