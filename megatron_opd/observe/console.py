@@ -12,12 +12,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from megatron_opd.config import Config
 from megatron_opd.errors import OpdError
@@ -30,15 +32,22 @@ FIRST_WAIT_S, LONGEST_SILENCE_S = 5.0, 300.0  # a log tells of a wait after the 
 RECENT_STEPS = 10  # that the estimate of the rest is made from
 
 
+class _Counted(MofNCompleteColumn):
+    """3/32, and nothing for what cannot be counted."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text("")
+
+
 class ProgressConsole:
     """Lines and a bar. Use it as a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=40)),
+            BarColumn(bar_width=16),
+            _Counted(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -86,13 +95,15 @@ class RunConsole(ProgressConsole):
         self._run: RunDirectory | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._wait, self._next_line_s = "", FIRST_WAIT_S
+        self._now: TaskID | None = None  # the second bar: what is done right now
 
     def banner(self, config: Config, run: RunDirectory) -> None:
         """The facts that matter, before anything starts."""
         self._config, self._run = config, run
         for line in banner_lines(config, run):
             self._say(line)
-        self._task = self._progress.add_task("starting", total=config.steps)
+        self._task = self._progress.add_task("steps", total=config.steps)
+        self._now = self._progress.add_task("starting", total=None)
 
     def resumed(self, step: int, damaged: list[OpdError], aside: Path | None, *, finished: bool) -> None:
         """From where a run goes on, and what became of the rest."""
@@ -109,22 +120,29 @@ class RunConsole(ProgressConsole):
         """Called again and again: ``names`` are not ready after ``seconds``, or else the run does what it says."""
         if names:
             limit = duration(self._config.engine.start_timeout_s)
-            self._wait_on("servers", seconds, f"waiting for {', '.join(names)}", f"of at most {limit}")
+            self._show_now("servers", f"waiting for {', '.join(names)}")
+            self._tell_wait(f"waiting for {', '.join(names)}", seconds, f"of at most {limit}")
         elif (doing := read_activity(self._run.activity)) is not None:
             self._wait_on_activity(doing)
         else:
-            self._wait_on("student", seconds, "waiting for the student's first weights", "since the start")
+            self._show_now("student", "waiting for the student's first weights")
+            self._tell_wait("waiting for the student's first weights", seconds, "since the start")
 
     def _wait_on_activity(self, doing: Doing) -> None:
         counted = f" {doing.done}/{doing.total}" if doing.total else ""
         left = "" if doing.left_s is None else f"about {duration(doing.left_s)} to go"
-        self._wait_on(doing.what, time.time() - doing.began, doing.what + counted, left)
+        self._show_now(doing.what, doing.what, doing.done, doing.total or None)
+        self._tell_wait(doing.what + counted, time.time() - doing.began, left)
 
-    def _wait_on(self, key: str, seconds: float, text: str, rest: str) -> None:
-        """Show a wait: on the bar at once, in a log after a while and then each time it has lasted twice as long."""
+    def _show_now(self, key: str, text: str, done: int = 0, total: int | None = None) -> None:
+        """The second bar, which begins anew with each ``key``."""
         if key != self._wait:
             self._wait, self._next_line_s = key, FIRST_WAIT_S
-        self._describe(text)
+            self._progress.reset(self._now, total=total)
+        self._progress.update(self._now, description=text, completed=done)
+
+    def _tell_wait(self, text: str, seconds: float, rest: str) -> None:
+        """In a log, a line when a wait has become long, and then each time it has lasted twice as long."""
         if self._console.is_terminal or seconds < self._next_line_s:
             return
         self._next_line_s = seconds + min(seconds, LONGEST_SILENCE_S)

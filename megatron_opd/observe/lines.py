@@ -80,15 +80,15 @@ def result_lines(summary: dict, run: RunDirectory) -> list[str]:
     places = [
         ("summary", run.summary, ""),
         ("student", run.export, "Hugging Face checkpoint"),
-        ("metrics", run.metrics, "a line for each step; docs/operations.md says what each number means"),
+        ("metrics", run.metrics, "meanings: docs/operations.md"),
         ("rollouts", run.trajectories, ""),
     ]
     return [
         f"{summary['steps']} steps in {duration(summary['wall_s'])}; tokens: {tokens['generated']:,} generated, "
         f"{tokens['scored']:,} scored, {tokens['trained']:,} trained",
         *(f"{name:9} {path.absolute()}" + (f"  ({what})" if what else "") for name, path, what in places),
-        f"next      megatron-opd view {folder}    # curves, a step's timeline, rollouts: one page",
-        f"          megatron-opd audit {folder}   # what the recipe did, and where a teacher is wrong",
+        f"next      megatron-opd view {folder}    # how it went, one page",
+        f"          megatron-opd audit {folder}   # what the recipe did",
     ]
 
 
@@ -136,6 +136,7 @@ def _sinks(sinks: SinksConfig, run: RunDirectory) -> list[str]:
         lines.append(f"tensorboard --logdir {run.tensorboard.absolute()}")
     if sinks.wandb:
         mode = env.wandb_mode()
-        later = f"; later: wandb sync {run.path.absolute()}/wandb/offline-run-*" if mode == "offline" else ""
-        lines.append(f"wandb project {sinks.wandb_project}, run {run.identity()}, {mode}{later}")
+        lines.append(f"wandb project {sinks.wandb_project}, run {run.identity()}, {mode}")
+        if mode == "offline":
+            lines.append(f"later: wandb sync {run.path.absolute()}/wandb/offline-run-*")
     return lines
