@@ -138,7 +138,7 @@ class RunConsole(ProgressConsole):
         """The second bar, which begins anew with each ``key``."""
         if key != self._wait:
             self._wait, self._next_line_s = key, FIRST_WAIT_S
-            self._progress.reset(self._now, total=total)
+            self._progress.reset(self._now, total=total, description=text)
         self._progress.update(self._now, description=text, completed=done)
 
     def _tell_wait(self, text: str, seconds: float, rest: str) -> None:
