@@ -58,6 +58,7 @@ def render(history: History, browser: Browser | None, no_rollouts: str) -> str:
         "tick": formats.tick,
         "typeset": audit_page.typeset,
         "visible": visible,
+        "lines": lambda text: "\n".join(map(visible, text.splitlines())),
     }
     domains = sorted(history.config.teachers)
     samples = browser.samples if browser else []
