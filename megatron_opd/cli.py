@@ -96,6 +96,19 @@ def plan(
             raise typer.Exit(1)
 
 
+@app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="Folder of view.html; else the run's own")] = None,
+) -> None:
+    """Write a page about a run, while it goes on or after it: curves, a step's timeline, rollouts, faults."""
+    from megatron_opd.observe.console import RunConsole
+    from megatron_opd.view.report import view as write_view
+
+    with _told(RunConsole()):
+        typer.echo("\n".join(write_view(run, out)))
+
+
 @app.command("config")
 def show_config() -> None:
     """Print every key of the config with its type, default and meaning."""

@@ -38,7 +38,8 @@ ALLOWED = {
     "difficulty": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "observe", "train"},
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
     "plan": FOUNDATION | {"student"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan"},
+    "view": FOUNDATION | {"runtime", "observe", "audit"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view"},
 }
 
 

@@ -22,6 +22,7 @@ from megatron_opd.config.sections import (
     RefreshConfig,
     RolloutConfig,
     ScoringConfig,
+    SinksConfig,
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
@@ -65,6 +66,7 @@ class Config(Section):
     refresh: RefreshConfig = RefreshConfig()
     evaluation: EvalConfig = EvalConfig()
     record: RecordConfig = RecordConfig()
+    sinks: SinksConfig = SinksConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -234,6 +234,21 @@ class RecordConfig(Section):
     """Every how many steps all rollouts are kept as parquet, for ``megatron-opd audit``; 0 keeps none."""
 
 
+class SinksConfig(Section):
+    """Where metrics go beside ``metrics.jsonl``; a sink that fails or hangs is told and left, and the run goes on."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files to the run's folder; needs the package tensorboard."""
+    wandb: bool = False
+    """Report to Weights & Biases, under the run's id; offline without a key; needs the package wandb."""
+    wandb_project: str = "megatron_opd"
+    """Project at Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team at Weights & Biases; null: that of the key."""
+    patience_s: PositiveFloat = 120.0
+    """A sink that takes longer for a step, or for its end, is left."""
+
+
 class CheckpointConfig(Section):
     """What a run saves so that it can go on after a crash (docs/operations.md)."""
 

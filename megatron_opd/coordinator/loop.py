@@ -24,7 +24,9 @@ from megatron_opd.coordinator.state import Progress, write
 from megatron_opd.data.pass_rates import write_pass_rates
 from megatron_opd.data.stream import PromptStream
 from megatron_opd.engines.rollout import RolloutEngine
+from megatron_opd.observe.activity import Activity
 from megatron_opd.observe.recorder import Recorder
+from megatron_opd.observe.timeline import record_timeline
 from megatron_opd.observe.trajectories import write_trajectories
 from megatron_opd.recipe.objective import StepObjective, step_objective
 from megatron_opd.recipe.pack import pack, pack_metrics
@@ -46,6 +48,7 @@ class Loop:
     held_out: Sequence[Prompt]
     board: BatchBoard
     recorder: Recorder
+    activity: Activity
     run_directory: RunDirectory
     prompts: str  # fingerprint of those in ``stream``
     progress: Progress = field(default_factory=Progress)
@@ -70,7 +73,8 @@ class Loop:
 
     async def _step(self, step: int) -> None:
         """One optimizer step, and what must be remembered of it when it is to be saved."""
-        began = time.monotonic()
+        began, clock = time.monotonic(), time.time()
+        self.activity.begin(f"step {step + 1}: rollouts", self.config.rollout.prompts_per_step)
         rollouts = await self.stages.collect(self.stream.take, version=step, first_group=self.progress.groups)
         self.progress.groups += self.config.rollout.prompts_per_step + rollouts.refills
         self._check_dropped(rollouts, step)
@@ -82,6 +86,7 @@ class Loop:
         batches = pack(objective.samples, *shape, version=step, last=last)
         offered = time.monotonic()
         await self.board.publish(step, [encode(batch) for batch in batches])
+        self.activity.begin(f"step {step + 1}: training")
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
         report = await self.board.live(step + 1)
         self.progress.refreshes.add(report)
@@ -89,6 +94,16 @@ class Loop:
         scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
         times = {"time/collect_s": offered - began, "time/step_s": spent, "perf/tokens_per_s": scored / spent}
         metrics = step_metrics(rollouts, objective, report) | pack_metrics(batches, shape[0], self.attention_length)
+        record_timeline(
+            self.recorder,
+            step + 1,
+            rollouts.times,
+            began=clock,
+            offered=clock + offered - began,
+            live=clock + spent,
+            train_s=report.training["time/train_s"],
+            refresh_s=report.refresh_s,
+        )
         self.recorder.step(step + 1, metrics | times)
         if self.config.checkpoint.due(step + 1, last=last):
             # After the step's line and rollouts are on disk: a checkpoint that is whole has everything before it.
@@ -155,6 +170,8 @@ class Loop:
         jobs = {when: self._grade(self.student_sampler, self.held_out)}
         for domain, sampler in self.teacher_samplers.items() if with_teachers else ():
             jobs[f"teacher {domain}"] = self._grade(sampler, [item for item in self.held_out if item.domain == domain])
+        asked = len(self.held_out) * (2 if with_teachers else 1)  # each teacher gets its own domain
+        self.activity.begin(f"evaluating {when} training", asked)
         results = dict(zip(jobs, await asyncio.gather(*jobs.values()), strict=True))
         self._write_evaluation(when, results[when])
         for name, graded in results.items():
@@ -162,10 +179,11 @@ class Loop:
             kind = when if name == when else "teacher"
             self.progress.evaluations[kind] = self.progress.evaluations.get(kind, {}) | found
             shares = {domain: accuracy.value for domain, accuracy in found.items()}
-            self.recorder.event("evaluated", when=name, accuracy=shares)
+            errors = {domain: accuracy.standard_error for domain, accuracy in found.items()}
+            self.recorder.evaluated(self.progress.step, name, shares, errors)
 
     async def _grade(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Graded]:
-        graded = await evaluate(engine, self.stages.verifiers, prompts, self.config)
+        graded = await evaluate(engine, self.stages.verifiers, prompts, self.config, self.activity.advance)
         self.progress.totals.generated += sum(item.tokens for item in graded)
         return graded
 

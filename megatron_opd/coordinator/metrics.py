@@ -11,7 +11,7 @@ from megatron_opd.runtime.messages import RefreshReport
 
 
 def step_metrics(rollouts: StepRollouts, objective: StepObjective, report: RefreshReport) -> dict[str, float]:
-    """Everything but the times of the whole step. Names: ``recipe.diagnostics``, docs/how_it_works.md."""
+    """Everything but the times of the whole step. Names: ``observe.metrics``, docs/operations.md."""
     metrics = step_diagnostics(objective.rollouts, rollouts.unscored, [item for item, _ in rollouts.dropped])
     calibration = objective.calibration
     if calibration is not None:
@@ -25,6 +25,9 @@ def step_metrics(rollouts: StepRollouts, objective: StepObjective, report: Refre
         | {
             "balance/trained_rollouts": len(objective.samples),
             "balance/refilled_prompts": rollouts.refills,
+            "rollout/tokens": sum(len(item.rollout.token_ids) for item in rollouts.verified),
+            "teacher/tokens": sum(len(item.teacher_logprobs) for item in rollouts.scored),
+            "loss/tokens": sum(int((sample.weights > 0).sum()) for sample in objective.samples),
             "refresh/seconds": report.refresh_s,
             "refresh/probe_difference": report.probe_difference,
         }

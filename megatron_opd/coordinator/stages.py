@@ -19,6 +19,8 @@ from megatron_opd.teachers.pool import TeacherPool
 from megatron_opd.verifiers.pool import VerifierPool
 
 STAGES = ("generate", "verify", "score")
+Times = tuple[float, float, float, float, float]
+"""Moments of one group, time.time(): began, generated, verified, asked the teacher, scored."""
 
 
 @dataclass
@@ -29,7 +31,7 @@ class StepRollouts:
     balanced: list[bool] = field(default_factory=list)  # one for each of ``scored``: false where balancing dropped it
     unscored: list[Verified] = field(default_factory=list)  # what balancing dropped before it was scored
     dropped: list[tuple[Verified, Dropped]] = field(default_factory=list)  # lost to a failed teacher call
-    stage_seconds: list[tuple[float, float, float]] = field(default_factory=list)  # of each group, as STAGES
+    times: list[Times] = field(default_factory=list)  # of each group
     refills: int = 0  # prompts that were drawn to make up for what balancing dropped
 
     @property
@@ -43,12 +45,13 @@ class StepRollouts:
         self.balanced += part.balanced
         self.unscored += part.unscored
         self.dropped += part.dropped
-        self.stage_seconds += part.stage_seconds
+        self.times += part.times
 
     @property
     def mean_stage_seconds(self) -> dict[str, float]:
         """Mean time of a group in each stage."""
-        return dict(zip(STAGES, np.mean(self.stage_seconds, axis=0).tolist(), strict=True))
+        began, generated, verified, asked, scored = np.mean(self.times, axis=0).tolist()
+        return dict(zip(STAGES, (generated - began, verified - generated, scored - asked), strict=True))
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Stages:
     rollout: RolloutConfig
     balancing: BalanceConfig | None
     seed: int
+    advance: Callable[[], None] = lambda: None  # called for each group that has passed all stages
 
     async def collect(self, draw: Callable[[int], list[Prompt]], version: int, first_group: int) -> StepRollouts:
         """Scored rollouts of a step, all drawn with the weights of ``version``; ``draw(n)`` gives the next n prompts.
@@ -83,31 +87,33 @@ class Stages:
         if self.balancing is not None and self.balancing.scope == "global":
             groups = await asyncio.gather(*sampling)
             everything = [item for verified, _ in groups for item in verified]
-            return [await self._balance_and_score(everything, [seconds for _, seconds in groups], version)]
+            return [await self._balance_and_score(everything, [times for _, times in groups], version)]
 
-        async def whole(sampled: Awaitable[tuple[list[Verified], tuple[float, float]]]) -> StepRollouts:
-            verified, seconds = await sampled
-            return await self._balance_and_score(verified, [seconds], version)
+        async def whole(sampled: Awaitable[tuple[list[Verified], tuple[float, float, float]]]) -> StepRollouts:
+            verified, times = await sampled
+            return await self._balance_and_score(verified, [times], version)
 
         return await asyncio.gather(*map(whole, sampling))
 
-    async def _sample(self, prompt: Prompt, group: int, version: int) -> tuple[list[Verified], tuple[float, float]]:
-        """Verified rollouts of one prompt, and the seconds that generating and verifying took."""
-        began = time.monotonic()
+    async def _sample(
+        self, prompt: Prompt, group: int, version: int
+    ) -> tuple[list[Verified], tuple[float, float, float]]:
+        """Verified rollouts of one prompt, and when they were begun, generated and verified."""
+        began = time.time()
         rollouts = await self.engine.sample_group(
             prompt, group, self.rollout.samples_per_prompt, self.rollout.max_new_tokens
         )
         for rollout in rollouts:
             self._check_on_policy(rollout, version)
-        generated = time.monotonic()
+        generated = time.time()
         verified = await asyncio.gather(*(self.verify(rollout) for rollout in rollouts))
-        return list(verified), (generated - began, time.monotonic() - generated)
+        return list(verified), (began, generated, time.time())
 
     async def _balance_and_score(
-        self, verified: list[Verified], seconds: Sequence[tuple[float, float]], version: int
+        self, verified: list[Verified], times: Sequence[tuple[float, float, float]], version: int
     ) -> StepRollouts:
-        """Score what balancing keeps, or all where it comes after scoring."""
-        began = time.monotonic()
+        """Score what balancing keeps, or all where it comes after scoring. times: of each group so far."""
+        asked_at = time.time()
         keep = self._keep(verified, version)
         score_all = self.balancing is not None and self.balancing.order == "after_scoring"
         asked = [(item, kept) for item, kept in zip(verified, keep, strict=True) if kept or score_all]
@@ -121,7 +127,9 @@ class Stages:
                 part.balanced.append(kept)
             else:
                 part.dropped.append((item, result))
-        part.stage_seconds += [(*pair, time.monotonic() - began) for pair in seconds]
+        part.times += [(*earlier, asked_at, time.time()) for earlier in times]
+        for _ in times:
+            self.advance()
         return part
 
     def _keep(self, verified: list[Verified], version: int) -> list[bool]:

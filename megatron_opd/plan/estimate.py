@@ -252,7 +252,7 @@ def gib(size: float) -> str:
 
 def _replicas(name: str, wanted: int | None, server: ServerConfig) -> tuple[int, int]:
     """GPUs of a role and its replicas. Raises ConfigError for a part of a replica."""
-    gpus = wanted or server.tensor_parallel
+    gpus = wanted or server.tensor_parallel * server.count
     if gpus % server.tensor_parallel:
         raise ConfigError(
             "A replica cannot be split over roles",

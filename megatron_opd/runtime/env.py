@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_opd.errors import ConfigError
 
@@ -65,6 +67,20 @@ def local_rank() -> int:
 def world_size() -> int:
     """Ranks that torchrun started."""
     return int(os.environ["WORLD_SIZE"])
+
+
+def wandb_mode() -> str:
+    """WANDB_MODE where it is set; else "online" with a key (WANDB_API_KEY, or in ~/.netrc) and "offline" without."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(host)
+    return os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def quiet_transformers() -> None:

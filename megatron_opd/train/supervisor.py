@@ -10,12 +10,20 @@ from os import SEEK_END
 from megatron_opd.config import Config
 from megatron_opd.errors import ProcessError
 from megatron_opd.observe.console import RunConsole
-from megatron_opd.observe.recorder import Recorder, follow
+from megatron_opd.observe.recorder import Recorder, follow, tell_failures
 from megatron_opd.runtime.env import environment, new_token, requeued
 from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.runtime.slurm import end_steps
-from megatron_opd.runtime.supervision import POLL_S, answers, death, ignore_signals, late, signals_raise
+from megatron_opd.runtime.supervision import (
+    POLL_S,
+    StoppedBySignal,
+    answers,
+    death,
+    ignore_signals,
+    late,
+    signals_raise,
+)
 from megatron_opd.train.cluster import Cluster, find_cluster
 from megatron_opd.train.preflight import preflight
 from megatron_opd.train.resume import resume
@@ -44,7 +52,12 @@ def train(config: Config, console: RunConsole) -> dict:
             console.banner(config, run)
             adopt_orphans()
             try:
-                _supervise(run, _roles(run, config, endpoints, cluster), config, console)
+                roles = _roles(run, config, endpoints, cluster)
+                with tell_failures("supervisor", Recorder(run.events, run.metrics)):
+                    _supervise(run, roles, config, console)
+            except StoppedBySignal as stop:
+                Recorder(run.events, run.metrics).event("stopped", signal=str(stop))
+                raise
             finally:
                 ignore_signals()  # the clean-up is not interrupted
                 console.stopping()
@@ -108,6 +121,7 @@ def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: Ru
             for name in [name for name, url in starting.items() if name in finished or answers(url)]:
                 del starting[name]
                 console.ready(name, time.monotonic() - began)
+            console.waiting(sorted(starting), time.monotonic() - began)
             if starting and time.monotonic() - began > config.engine.start_timeout_s:
                 raise late([child for child in children if child.name in starting], config.engine.start_timeout_s)
             time.sleep(POLL_S)

@@ -141,7 +141,7 @@ async def test_the_global_scope_balances_the_step_as_one() -> None:
     )
     outcomes = [item.verified.outcome for item in result.scored]
     assert outcomes.count(Outcome.CORRECT) == outcomes.count(Outcome.INCORRECT) == 3
-    assert len(result.stage_seconds) == 3
+    assert len(result.times) == 3
 
 
 async def test_a_refill_draws_further_prompts_until_the_step_has_its_size() -> None:
