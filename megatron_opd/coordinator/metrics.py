@@ -42,7 +42,7 @@ def _teacher_metrics(rollouts: StepRollouts) -> dict[str, float]:
     prefilled = sum(item.prefilled for item in rollouts.scored)
     return (
         {"teacher/dropped": len(rollouts.dropped)}
-        | {f"teacher/dropped_{kind}": count for kind, count in sorted(kinds.items())}
+        | {f"teacher/dropped/{kind}": count for kind, count in sorted(kinds.items())}
         | _known("teacher/prefilled_per_scored", prefilled / scored if scored else None)
     )
 

@@ -75,6 +75,12 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "0; a dropped rollout is neither trained on nor counted",
         "above 0: read the reasons (events, report), then the teacher's log",
     ),
+    "teacher/prefilled_per_scored": (
+        "Tokens that teachers computed for each token that was scored: those that their prefix cache did not hold",
+        "1",
+        "near 1 where the samples of a group share the prompt in one replica's cache",
+        "well above 1: more replicas than groups, or a cache that is too small (engine.max_total_tokens)",
+    ),
     "teacher/tokens": (
         "Response tokens that teachers scored in the step",
         "tokens",
