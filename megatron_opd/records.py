@@ -92,7 +92,7 @@ class Dropped:
 
     prompt_id: str
     domain: str
-    stage: Literal["score"]  # the part of the run that gave it up
+    stage: Literal["score", "stale"]  # what gave it up: a teacher call that failed, or weights that are too old
     reason: str
 
 

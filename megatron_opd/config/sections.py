@@ -135,6 +135,8 @@ class RolloutConfig(Section):
     """Rollouts of each prompt: one group."""
     max_new_tokens: PositiveInt = 16384
     """Most tokens of one response."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Steps by which the weights that drew a token may be older than those it trains; 0 is strictly on-policy."""
     server: ServerConfig = ServerConfig()
     """The engine that samples."""
 
@@ -209,6 +211,8 @@ class RefreshConfig(Section):
 
     mode: Literal["broadcast"] = "broadcast"
     """Way of transport: a process group that spans trainer and engine."""
+    pause: Literal["none", "retract", "in_place"] = "none"
+    """What happens to responses under way: nothing, they are computed anew up to where they were, or they freeze."""
     host: str = "127.0.0.1"
     """Address of the trainer's first rank, as the rollout engine reaches it."""
     port: Port = 0

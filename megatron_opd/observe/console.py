@@ -34,6 +34,7 @@ STEP_FIELDS = (  # label, metric, format
     ("grad", "loss/grad_norm", "{:.2f}"),
     ("collect", "time/collect_s", "{:.1f}s"),
     ("train", "time/train_s", "{:.1f}s"),
+    ("wait", "time/wait_s", "{:.1f}s"),
     ("tok/s", "perf/tokens_per_s", "{:.0f}"),
 )
 
