@@ -7,7 +7,7 @@ A worked example: a prompt of P = 3 tokens ``[5, 6, 7]`` is answered with R = 2 
     Rollout      token_ids [8, 2]          logprobs [-0.5, -0.1]          versions [4, 4]
     Scored       teacher_logprobs [-0.2, -0.3]
     Calibrated   gaps [+0.3, -0.2]         mask [yes, yes]              mean_gap 0.05   offset 0.0
-    TrainSample  token_ids [5, 6, 7, 8, 2] advantages [+0.3, -0.2]        weights [0.5, 0.5]
+    TrainSample  token_ids [5, 6, 7, 8, 2] advantages [+0.3, -0.2]        weights [0.5, 0.5]   lags [0, 0] at step 4
     PackedBatch  tokens        [ 5,  6,    7,    8,   2]     (one row, one sequence)
                  labels        [ 6,  7,    8,    2,   0]     token t is the one predicted at position t
                  advantages    [ 0,  0, +0.3, -0.2,   0]
@@ -120,6 +120,8 @@ class TrainSample:
     advantages: np.ndarray  # [R] float32
     behaviour_logprobs: np.ndarray  # [R] float32, under the policy that sampled
     weights: np.ndarray  # [R] float32, share of the token in the loss before the denominator; 0 = masked
+    lags: np.ndarray  # [R] int32, steps by which the weights that drew the token are older than those it trains
+    slopes: np.ndarray  # [R] float32, by how much the advantage falls for a nat that the student's log-prob has risen
     forward_weights: np.ndarray  # [R] float32, share of the forward KL of the token; 0 = none
     top_ids: np.ndarray  # [R, K] int64, the teacher's; K = 0 without a forward KL
     top_logprobs: np.ndarray  # [R, K] float32, the teacher's
@@ -133,7 +135,7 @@ class PackedBatch:
     which is the same number on every rank: the result does not depend on how samples are split.
     """
 
-    version: int  # weight version that the samples were drawn with = index of the step
+    version: int  # weight version that is trained = index of the step
     last: bool  # whether the run ends with this step
     denominator: float  # sum of the loss normaliser over the whole global batch
     tokens: np.ndarray  # [N] int64, rows one after the other
@@ -141,6 +143,8 @@ class PackedBatch:
     advantages: np.ndarray  # [N] float32, at the position that predicts the token
     behaviour_logprobs: np.ndarray  # [N] float32
     weights: np.ndarray  # [N] float32
+    lags: np.ndarray  # [N] int32
+    slopes: np.ndarray  # [N] float32
     forward_weights: np.ndarray  # [N] float32
     top_ids: np.ndarray  # [N, K] int64
     top_logprobs: np.ndarray  # [N, K] float32
