@@ -67,9 +67,11 @@ class Loop:
         self.recorder.event("live", **start.model_dump())
         if first == 0 and self.config.evaluation.before:
             await self._evaluate("before", with_teachers=self.config.evaluation.teachers)
-        while not self._is_over():
-            await self._step(self.progress.step)
-        await self.buffer.close()
+        try:
+            while not self._is_over():
+                await self._step(self.progress.step)
+        finally:
+            await self.buffer.close()
         await self.board.end()
         await self._evaluate("after", with_teachers=False)
 
