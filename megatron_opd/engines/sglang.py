@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_opd.engines.token_rows import parse_answer, split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import TransientError, fetch, new_session
@@ -217,18 +217,10 @@ class SGLangClient:
 
     def _json(self, path: str, body: bytes) -> dict:
         try:
-            return json.loads(body)
+            return parse_answer(body)
         except ValueError as error:
             raise EngineError("The server's answer is no JSON", where=self.url + path, got=body[:200]) from error
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
         if not ok:
             raise EngineError(f"The server's {what} is wrong", where=self.url, got=got, expected=expected)
-
-
-def split_rows(rows: list) -> tuple[np.ndarray, np.ndarray]:
-    """``[[logprob or null, id, text], ...]`` to log-probs (null becomes NaN) and ids, without a loop over tokens."""
-    if not rows:
-        return np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-    logprobs, ids, _ = zip(*rows, strict=True)
-    return np.array(logprobs, dtype=np.float32), np.array(ids, dtype=np.int64)

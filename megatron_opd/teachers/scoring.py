@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_opd.engines.sglang import SGLangClient, split_rows
+from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, Check, check_rows, rows_from_base64
 from megatron_opd.errors import EngineError
 from megatron_opd.records import TopRows

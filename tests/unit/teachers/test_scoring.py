@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_scorer import PROMPT, RESPONSE, ROWS, SAMPLED, VOCAB, FakeScorer, good_reply, rows_with
 
-from megatron_opd.engines.sglang import split_rows
+from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.teachers.scoring import ScoringError, score
 
 
