@@ -18,9 +18,15 @@ FIELDS = ("input_token_logprobs", "output_token_logprobs")
 # A quotation mark inside a JSON string is escaped, so this matches keys only. Without spaces, as SGLang writes it:
 # an answer written otherwise is read as JSON.
 _BEGIN = re.compile(rb'"(?:input|output)_token_logprobs":(?=\[\[)')
+# Rows as lines of four fields: nothing, log-prob (after a blank, which is skipped), id, text.
+_AS_LINES = bytes.maketrans(b"[]", b" \n")
+_COLUMNS = ["nothing", "logprob", "id", "text"]
 _PARSE = csv.ParseOptions(quote_char=False)
 _CONVERT = csv.ConvertOptions(
-    column_types={"logprob": pa.float64(), "id": pa.int64()}, null_values=["null"], check_utf8=False
+    column_types={"logprob": pa.float64(), "id": pa.int64()},
+    null_values=["null", " null"],
+    check_utf8=False,
+    include_columns=["logprob", "id"],
 )
 
 
@@ -46,7 +52,7 @@ def parse_answer(body: bytes) -> dict | list:
         if end < 0:
             raise ValueError("token rows without an end")
         kept.append(body[position : match.end()] + b"%d" % len(found))
-        found.append(_rows(body[match.end() + 2 : end]))
+        found.append(_rows(body[match.end() + 1 : end + 1]))
         position = end + 2
     answer = json.loads(b"".join([*kept, body[position:]]))
     for reply in answer if isinstance(answer, list) else [answer]:
@@ -65,11 +71,9 @@ def split_rows(rows: list | TokenRows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(text: bytes) -> TokenRows:
-    """``-0.5,8,null],[-1.5,9,null`` -> two rows. Raises ValueError (arrow's errors are such)."""
-    if not text.endswith(b",null"):
-        raise ValueError(f"token rows end with {text[-40:]!r} instead of null")
-    lines = text[: -len(b",null")].replace(b",null],[", b"\n")
-    options = csv.ReadOptions(use_threads=False, column_names=["logprob", "id"], block_size=len(lines) + 1)
+    """``[-0.5,8,null],[-1.5,9,null]`` -> two rows. Raises ValueError (arrow's errors are such)."""
+    lines = b"," + text.translate(_AS_LINES)
+    options = csv.ReadOptions(use_threads=False, column_names=_COLUMNS, block_size=len(lines) + 1)
     table = csv.read_csv(pa.BufferReader(lines), read_options=options, parse_options=_PARSE, convert_options=_CONVERT)
     if table["id"].null_count:
         raise ValueError("a token row has no id")
