@@ -110,6 +110,22 @@ async def test_the_order_is_that_of_the_prompts_whichever_is_ready_first() -> No
     assert [item.verified.rollout.group for item in result.scored] == [0] * 4 + [1] * 4 + [2] * 4
 
 
+@pytest.mark.parametrize("order", [None, "after_scoring", "before_scoring"])
+async def test_a_sample_is_scored_before_its_group_is_verified_where_balancing_allows(order: str | None) -> None:
+    class LateVerifiers(FakeVerifiers):
+        async def verify(self, domain: str, response: str, reference: str) -> Verdict:
+            if response == "r3":
+                await asyncio.sleep(0.05)
+                scored_early.append(teachers.scored)
+            return await super().verify(domain, response, reference)
+
+    teachers, scored_early = WillingTeachers(), []
+    balancing = None if order is None else BalanceConfig(order=order)
+    result = await stages(3, LateVerifiers(), teachers, balancing).collect(Source(), step=3)
+    assert scored_early == ([0] * 3 if order == "before_scoring" else [9] * 3)
+    assert len(result.scored) == (6 if order == "before_scoring" else 12)
+
+
 async def test_what_balancing_drops_is_never_scored() -> None:
     teachers = WillingTeachers()
     result = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), step=3)
