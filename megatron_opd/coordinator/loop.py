@@ -87,9 +87,10 @@ class Loop:
     async def _step(self, step: int) -> None:
         """One optimizer step, and what must be remembered of it when it is to be saved. Weights ``step`` are live."""
         began = time.monotonic()
-        self.buffer.begin(last=step + self.config.rollout.max_staleness)
+        bound = self.config.rollout.max_staleness
+        self.buffer.begin(last=step + bound)
         prepared = await self.buffer.take(step)
-        ahead = {"buffer/ready_steps": self.buffer.ready, "time/buffered_s": buffered_s(prepared)}
+        lay = buffered_s(prepared)
         rollouts, objective = prepared.rollouts, prepared.objective
         self._check_dropped(rollouts, step)
         self._count(rollouts, objective)
@@ -98,6 +99,7 @@ class Loop:
         await self.board.publish(step, [encode(replace(batch, last=last)) for batch in prepared.batches])
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
         report = await self.board.live(step + 1)
+        ahead = {"buffer/ready_steps": self.buffer.ready, "time/buffered_s": lay} if bound else {}
         self.progress.refreshes.add(report)
         spent = time.monotonic() - began
         scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)

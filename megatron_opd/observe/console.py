@@ -35,6 +35,7 @@ STEP_FIELDS = (  # label, metric, format
     ("collect", "time/collect_s", "{:.1f}s"),
     ("train", "time/train_s", "{:.1f}s"),
     ("wait", "time/wait_s", "{:.1f}s"),
+    ("ready", "buffer/ready_steps", "{:.0f}"),
     ("tok/s", "perf/tokens_per_s", "{:.0f}"),
 )
 
