@@ -18,6 +18,7 @@ FIELDS = ("input_token_logprobs", "output_token_logprobs")
 # A quotation mark inside a JSON string is escaped, so this matches keys only. Without spaces, as SGLang writes it:
 # an answer written otherwise is read as JSON.
 _BEGIN = re.compile(rb'"(?:input|output)_token_logprobs":(?=\[\[)')
+_END = b",null]]"  # the text of a row is null, since nobody asks for it; the longer, the faster it is found
 # Rows as lines of four fields: nothing, log-prob (after a blank, which is skipped), id, text.
 _AS_LINES = bytes.maketrans(b"[]", b" \n")
 _COLUMNS = ["nothing", "logprob", "id", "text"]
@@ -48,12 +49,12 @@ def parse_answer(body: bytes) -> dict | list:
     """
     found, kept, position = [], [], 0
     while match := _BEGIN.search(body, position):
-        end = body.find(b"]]", match.end())
+        end = body.find(_END, match.end())
         if end < 0:
             raise ValueError("token rows without an end")
         kept.append(body[position : match.end()] + b"%d" % len(found))
-        found.append(_rows(body[match.end() + 1 : end + 1]))
-        position = end + 2
+        position = end + len(_END)
+        found.append(_rows(body[match.end() + 1 : position - 1]))
     answer = json.loads(b"".join([*kept, body[position:]]))
     for reply in answer if isinstance(answer, list) else [answer]:
         _put_back(reply, found)
