@@ -62,7 +62,7 @@ class Loop:
 
     async def run(self) -> None:
         """Drive the run to its end."""
-        gc.freeze()  # libraries stay to the end: looking at their million objects again and again costs a tenth of a step
+        gc.freeze()  # libraries stay to the end: to look at their objects again and again costs a tenth of a step
         first = self.progress.step
         start = await self.board.live(first)
         self.progress.refreshes.add(start)
