@@ -101,6 +101,8 @@ class Config(Section):
                 f"objective.forward_kl_entropy {objective.forward_kl_entropy:g} is never exceeded: "
                 f"{self.scoring.top_k} top-k tokens have an entropy of at most {highest:.3f}"
             )
+        if self.rollout.max_staleness > 0 and self.refresh.pause == "none":
+            yield "rollout.max_staleness refreshes weights amid responses: set refresh.pause to retract or in_place"
         if objective.placebo and self.calibration is None:
             yield "objective.placebo permutes the outcomes of calibration, which is null"
         yield from self._server_misfits()

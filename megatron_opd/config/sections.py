@@ -102,6 +102,8 @@ class RolloutConfig(Section):
     """Most tokens of one response."""
     temperature: Real = 1.0
     """Sampling temperature of training; only 1 is taken, at which sampled and recomputed log-probs are the same."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Steps by which the weights that drew a token may be older than those it trains; 0 is strictly on-policy."""
     server: ServerConfig = ServerConfig()
     """The engines that sample."""
 
@@ -191,6 +193,8 @@ class RefreshConfig(Section):
 
     mode: Literal["broadcast"] = "broadcast"
     """Way of transport: a process group that spans trainer and engine."""
+    pause: Literal["none", "retract", "in_place"] = "none"
+    """What happens to responses under way: nothing, they are computed anew up to where they were, or they freeze."""
     host: str | None = None
     """Address of the trainer's first rank, as engines reach it; null: loopback, or its node's in a SLURM job."""
     port: Port = 0

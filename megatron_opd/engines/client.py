@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import READY_S, fetch, new_session, parse_json, wait_until_ready
 
@@ -16,6 +19,7 @@ class EngineClient:
     """
 
     ready_path: str  # answers 200 when the server takes requests
+    read_answer: Callable[[bytes], object] = staticmethod(json.loads)  # of answers about tokens
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class EngineClient:
         limit_s = self.deadline_s(prompt_tokens, new_tokens)
         url = self.url + path
         _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
-        return parse_json(answer, url)
+        return parse_json(answer, url, self.read_answer)
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
         if not ok:

@@ -11,7 +11,7 @@ from megatron_opd.engines import sglang_scores
 from megatron_opd.engines.client import EngineClient
 from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
 from megatron_opd.engines.scores import Served
-from megatron_opd.engines.sglang_scores import split_rows
+from megatron_opd.engines.token_rows import parse_answer, split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import BadReply, TransientError
@@ -34,6 +34,7 @@ class SGLangClient(EngineClient):
     """One server."""
 
     ready_path = "/ready"
+    read_answer = staticmethod(parse_answer)
     read_scores = staticmethod(sglang_scores.read_scores)
     _release: tuple[int, ...] | None = None  # of SGLang, asked for once
 

@@ -57,6 +57,24 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "rounding only: about 1e-7 in float32, more in bfloat16",
         "larger: the two do not compute the same policy; compare dtypes, look at refresh/probe_difference",
     ),
+    "opd/stale_tokens": (
+        "Share of the trained tokens that older weights drew",
+        "share",
+        "0 while strictly on-policy",
+        "see rollout/staleness",
+    ),
+    "opd/importance_weight": (
+        "Mean importance weight of the tokens that older weights drew, cut at loss.importance_cap",
+        "1",
+        "near 1; far from it the policy moves a lot within rollout.max_staleness steps",
+        "below 0.8: lower optimizer.lr or rollout.max_staleness",
+    ),
+    "opd/importance_truncated": (
+        "Share of those tokens whose weight was cut",
+        "share",
+        "a few percent at most",
+        "more: lower optimizer.lr or rollout.max_staleness before raising loss.importance_cap",
+    ),
     "balance/kept": (
         "Share of rollouts that balancing kept",
         "share",

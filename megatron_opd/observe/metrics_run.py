@@ -69,6 +69,24 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "falls slowly while the student gets surer",
         "down by half and more: the policy narrows; fewer steps, a smaller calibration.delta",
     ),
+    "rollout/staleness": (
+        "By how many steps the weights that drew a token are older than those that it trains, mean over scored tokens",
+        "steps",
+        "0 while strictly on-policy; at most rollout.max_staleness",
+        "near the bound and learning suffers: lower rollout.max_staleness",
+    ),
+    "rollout/staleness_max": (
+        "The same of the oldest token",
+        "steps",
+        "never above rollout.max_staleness: older ones are not trained",
+        "nothing by itself",
+    ),
+    "rollout/stale_dropped": (
+        "Rollouts with a token older than rollout.max_staleness: dropped, and their prompt drawn again",
+        "rollouts",
+        "0: an engine takes the new weights with every refresh",
+        "above 0: an engine answers with old weights; read its log and the events of the refresh",
+    ),
     "teacher/dropped": (
         "Rollouts lost because a teacher did not score them",
         "rollouts",
@@ -105,6 +123,12 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "steady; grows with response length",
         "falling: see which of the time/ metrics grew",
     ),
+    "perf/ready_steps": (
+        "Steps of rollouts that lay ready when the step was over (rollout.max_staleness of 1 and more)",
+        "steps",
+        "near rollout.max_staleness: training is the slowest part; 0: rollouts or scoring are",
+        "0 and the student waits: more engines or teacher replicas (megatron-opd plan names the slowest part)",
+    ),
     "perf/imbalance": (
         "Cost of the busiest data-parallel rank over the mean, minus 1: the share of time for which others wait",
         "ratio",
@@ -128,6 +152,12 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "s",
         "usually the larger part of a step",
         "large: more or faster rollout engines and teachers",
+    ),
+    "time/buffered_s": (
+        "How long the step's rollouts lay ready before the student took them (rollout.max_staleness of 1 and more)",
+        "seconds",
+        "0 where the student waits for rollouts",
+        "large: the engines idle; training is the slowest part",
     ),
     "time/generate_s": (
         "Mean time of a group in the rollout engine",

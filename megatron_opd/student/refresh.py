@@ -25,7 +25,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from megatron_opd.config import RefreshConfig
-from megatron_opd.engines.sglang import SGLangClient, WeightBucket, split_rows
+from megatron_opd.engines.sglang import SGLangClient, WeightBucket
+from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.errors import RefreshError
 from megatron_opd.student.build import Student
 from megatron_opd.student.export import hf_weights

@@ -36,7 +36,10 @@ METRIC_NAMES = {
     "abs_advantage": "opd/abs_advantage",
     "clipped_share": "opd/clipped",
     "forward_kl": "opd/forward_kl",
-    "abs_logprob_change": "opd/engine_trainer_difference",  # strictly on-policy, both should be the same policy
+    "abs_logprob_change": "opd/engine_trainer_difference",  # of tokens of the current weights: should be one policy
+    "stale_share": "opd/stale_tokens",
+    "importance_weight": "opd/importance_weight",
+    "truncated_share": "opd/importance_truncated",
 }
 
 
@@ -96,7 +99,7 @@ async def _connect(stack: AsyncExitStack, config: Config, endpoints: Endpoints, 
 
 def named_metrics(metrics: StepMetrics) -> dict[str, float]:
     """The step's numbers under the names of metrics.jsonl."""
-    return {METRIC_NAMES[name]: value for name, value in asdict(metrics).items()}
+    return {METRIC_NAMES[name]: value for name, value in asdict(metrics).items() if value is not None}
 
 
 async def _report(coordinator: CoordinatorClient, report: RefreshReport) -> None:

@@ -165,7 +165,7 @@ def misplaced(student: Student, samples: list[Sample]) -> list[str]:
     batch = pack(samples, [[0, 1, 2], [3, 4]], 1.0)
     code = np.arange(1, len(batch.tokens) + 1)
     columns = code[:, None] + 100 * np.arange(3)
-    names = ("tokens", "labels", "advantages", "behaviour_logprobs", "weights", "forward_weights")
+    names = ("tokens", "labels", "advantages", "behaviour_logprobs", "weights", "lags", "slopes", "forward_weights")
     batch = dataclasses.replace(batch, **dict.fromkeys(names, code), top_ids=columns, top_logprobs=columns)
 
     def carry(row: rows.Row, vocab_size: int, output: torch.Tensor) -> step.LossOutput:

@@ -125,14 +125,21 @@ def test_metrics_are_weighted_means(
     advantages = np.concatenate([sample.advantages[:-1] for sample in samples])
     behaviour = np.concatenate([sample.behaviour[:-1] for sample in samples])
     changes = np.concatenate(reference[kind]["logprobs"]) - behaviour
+    stale = np.concatenate([sample.lags[:-1] for sample in samples]) > 0
+    slopes = np.concatenate([sample.slopes[:-1] for sample in samples])
+    now = np.where(stale, advantages - slopes * changes, advantages)
     ratios = np.exp(changes)
-    clipped = ((ratios > 1.28) & (advantages > 0)) | ((ratios < 0.8) & (advantages < 0))
+    clipped = ~stale & (((ratios > 1.28) & (advantages > 0)) | ((ratios < 0.8) & (advantages < 0)))
     total = denominator_of(samples)
     assert 0.1 < metrics["clipped_share"] < 0.9  # the case covers both
-    assert metrics["advantage"] == pytest.approx((weights * advantages).sum() / total, abs=1e-5)
-    assert metrics["abs_advantage"] == pytest.approx((weights * np.abs(advantages)).sum() / total, abs=1e-5)
+    assert metrics["advantage"] == pytest.approx((weights * now).sum() / total, abs=1e-5)
+    assert metrics["abs_advantage"] == pytest.approx((weights * np.abs(now)).sum() / total, abs=1e-5)
     assert metrics["clipped_share"] == pytest.approx((weights * clipped).sum() / total, abs=1e-5)
-    assert metrics["abs_logprob_change"] == pytest.approx((weights * np.abs(changes)).sum() / total, abs=1e-5)
+    fresh, old = weights * ~stale, weights * stale
+    assert metrics["abs_logprob_change"] == pytest.approx((fresh * np.abs(changes)).sum() / fresh.sum(), abs=1e-5)
+    assert metrics["stale_share"] == pytest.approx(old.sum() / total, abs=1e-5)
+    assert metrics["importance_weight"] == pytest.approx((old * np.minimum(ratios, 2.0)).sum() / old.sum(), abs=1e-5)
+    assert metrics["truncated_share"] == pytest.approx((old * (ratios > 2.0)).sum() / old.sum(), abs=1e-5)
 
 
 @pytest.mark.parametrize(("layout", "kind"), TRAINED)
