@@ -1,4 +1,4 @@
-"""A client of one SGLang server: sampling, prompt log-probs and weight updates, over its native HTTP interface."""
+"""A client of one SGLang server: sampling and prompt log-probs, over its native HTTP interface."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import numpy as np
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import TransientError, fetch, new_session
-
-# From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
-FIRST_WITH_BRACKETS = (0, 5, 21)
 
 
 @dataclass(frozen=True)
@@ -38,22 +35,12 @@ class Generation:
     top_ids: np.ndarray | None  # [R, K] int64, most likely first, before top_p and top_k; None when not asked for
 
 
-@dataclass(frozen=True)
-class WeightBucket:
-    """Description of the tensors that one broadcast carries, in order."""
-
-    names: list[str]
-    dtypes: list[str]  # "float32", "bfloat16"
-    shapes: list[list[int]]
-
-
 class SGLangClient:
     """One server. Not bound to a task: any number of requests may be under way."""
 
     def __init__(self, url: str, *, timeout_s: float, max_concurrency: int) -> None:
         self.url = url.rstrip("/")
         self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency)
-        self._release: tuple[int, ...] | None = None  # of SGLang, asked for once
 
     async def close(self) -> None:
         await self._session.close()
@@ -156,58 +143,7 @@ class SGLangClient:
             body |= {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
         return await self._post("/generate", body)
 
-    # ---------------------------------------------------------------- weights
-
-    async def join_weight_group(self, host: str, port: int, world_size: int, backend: str, name: str) -> None:
-        """Let the server's ranks join the process group whose rank 0 is the trainer. Returns when all have joined."""
-        await self._control(
-            "/init_weights_update_group",
-            {
-                "master_address": host,
-                "master_port": port,
-                "rank_offset": 1,
-                "world_size": world_size,
-                "group_name": name,
-                "backend": backend,
-            },
-        )
-
-    async def leave_weight_group(self, name: str) -> None:
-        await self._control("/destroy_weights_update_group", {"group_name": name})
-
-    async def begin_weight_update(self) -> None:
-        if await self._has_brackets():
-            await self._control("/begin_weight_update", {})
-
-    async def receive_bucket(self, bucket: WeightBucket, group: str, *, flush: bool, version: int) -> None:
-        """Receive one broadcast of ``bucket`` as concatenated bytes; ``flush`` empties the prefix cache afterwards."""
-        body = {
-            "names": bucket.names,
-            "dtypes": bucket.dtypes,
-            "shapes": bucket.shapes,
-            "group_name": group,
-            "load_format": "flattened_bucket",
-            "flush_cache": flush,
-            "weight_version": str(version),
-        }
-        await self._control("/update_weights_from_distributed", body)
-
-    async def end_weight_update(self) -> None:
-        if await self._has_brackets():
-            await self._control("/end_weight_update", {})
-
-    async def _has_brackets(self) -> bool:
-        if self._release is None:
-            parts = (await self.server_info())["version"].split("+")[0].split(".")[:3]
-            self._release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
-        return self._release >= FIRST_WITH_BRACKETS
-
     # ------------------------------------------------------------------ wires
-
-    async def _control(self, path: str, body: dict) -> None:
-        """A weight endpoint: its 200 answer says whether it succeeded."""
-        answer = await self._post(path, body)
-        self._check(answer.get("success", True) is True, f"answer of {path}", answer, "success: true")
 
     async def _get(self, path: str) -> dict:
         return self._json(path, (await fetch(self._session, "GET", self.url + path))[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_opd.config import Config
-from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.engines.weights import WeightClient
 from megatron_opd.observe.role import run_role
 from megatron_opd.runtime.env import rank
 from megatron_opd.runtime.http import wait_until_ready
@@ -23,6 +24,7 @@ from megatron_opd.student.coordinator_client import CoordinatorClient
 from megatron_opd.student.export import export_hf
 from megatron_opd.student.refresh import Refreshed, WeightRefresh
 from megatron_opd.student.step import StepMetrics, train_step
+from megatron_opd.student.transports import Place
 
 logger = logging.getLogger("megatron_opd.student")  # not __name__, which is __main__ here
 
@@ -39,7 +41,7 @@ METRIC_NAMES = {
 
 
 async def train(run: RunDirectory) -> None:
-    """Train to the last step; the rollout engine has the weights of every step before the next one begins."""
+    """Train to the last step; the rollout engines have the weights of every step before the next one begins."""
     config, endpoints, start = run.config(), run.endpoints(), run.start_step()
     init_distributed(config.student, config.seed)
     student = build_student(config)
@@ -51,7 +53,7 @@ async def train(run: RunDirectory) -> None:
     async with AsyncExitStack() as stack:
         coordinator = CoordinatorClient(endpoints.coordinator)
         stack.push_async_callback(coordinator.close)
-        refresh = await _connect(stack, config, endpoints, student)
+        refresh = await _connect(stack, config, run, endpoints, student)
         refreshed = await refresh.push(student, version=start)
         await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
         step, last = start, False
@@ -76,15 +78,16 @@ async def train(run: RunDirectory) -> None:
     dist.destroy_process_group()
 
 
-async def _connect(stack: AsyncExitStack, config: Config, endpoints: Endpoints, student: Student) -> WeightRefresh:
-    client = None
-    if rank() == 0:
-        await wait_until_ready(f"{endpoints.rollout}/ready", config.engine.start_timeout_s)
-        client = SGLangClient(endpoints.rollout, timeout_s=config.refresh.timeout_s, max_concurrency=4)
-        stack.push_async_callback(client.close)
-    return await WeightRefresh.connect(
-        config.refresh, client, endpoints.weights_host, endpoints.weights_port, student.bridge.vocab_size
-    )
+async def _connect(
+    stack: AsyncExitStack, config: Config, run: RunDirectory, endpoints: Endpoints, student: Student
+) -> WeightRefresh:
+    urls = [endpoints.rollout] if rank() == 0 else []
+    await asyncio.gather(*(wait_until_ready(f"{url}/ready", config.engine.start_timeout_s) for url in urls))
+    engines = [WeightClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4) for url in urls]
+    for engine in engines:
+        stack.push_async_callback(engine.close)
+    place = Place(endpoints.weights_host, endpoints.weights_port, config.refresh.folder or run.weights)
+    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size)
 
 
 def named_metrics(metrics: StepMetrics) -> dict[str, float]:
@@ -106,6 +109,8 @@ def _report_of(
         refresh_s=refreshed.seconds,
         refresh_bytes=refreshed.bytes,
         probe_difference=refreshed.probe_difference,
+        live=list(refreshed.live),
+        out=refreshed.out,
         info=info,
         training=training or {},
     )
