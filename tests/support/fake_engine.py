@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 from safetensors.torch import load_file, save_file
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
 from megatron_opd.runtime.process import die_with_parent
 
@@ -186,7 +186,9 @@ def join(name: str, host: str, port: int, rank: int, world: int) -> dist.Process
     timeout = timedelta(seconds=60)
     store = dist.TCPStore(host, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
     arguments = (world, rank, [], Backend("gloo"), PrefixStore(name, store))
-    return _new_process_group_helper(*arguments, group_name=name, timeout=timeout)[0]
+    group, _ = _new_process_group_helper(*arguments, group_name=name, timeout=timeout)
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    return group
 
 
 def receive(group: dist.ProcessGroup, tensors: list[torch.Tensor]) -> None:
@@ -222,5 +224,7 @@ class ForkedEngine:
         os.write(self._go, str(port).encode())
 
     def kill(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0

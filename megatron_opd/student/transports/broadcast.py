@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import (
     Backend,
     PrefixStore,
     _new_process_group_helper,  # private, but the engine uses it too: both ends must derive the same keys
+    _world,
 )
 
 from megatron_opd.engines.weights import WeightClient
@@ -202,6 +203,7 @@ def _open_group(name: str, backend: str, host: str, port: int, world: int, timeo
     group, _ = _new_process_group_helper(
         world, 0, [], Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
     )
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}  # destroy_process_group looks for it
     return group
 
 
