@@ -217,7 +217,7 @@ class RefreshConfig(Section):
     port: Port = 0
     """Port at which they meet; 0 takes a free one."""
     folder: Path | None = None
-    """Folder of mode disk, which all engines see under the same path; null takes weights/ in the run's folder."""
+    """Folder of mode disk, with one for each run in it; all engines see it under the same path. null: the run's own."""
     bucket_mb: PositiveInt = 256
     """Most megabytes of weights that are under way at once; twice as many are in memory."""
     probe_tolerance: PositiveFloat = 1e-4

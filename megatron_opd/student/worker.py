@@ -86,7 +86,9 @@ async def _connect(
     engines = [WeightClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4) for url in urls]
     for engine in engines:
         stack.push_async_callback(engine.close)
-    place = Place(endpoints.weights_host, endpoints.weights_port, config.refresh.folder or run.weights)
+    shared = config.refresh.folder
+    folder = shared / run.identity() if shared else run.weights
+    place = Place(endpoints.weights_host, endpoints.weights_port, folder)
     return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size)
 
 

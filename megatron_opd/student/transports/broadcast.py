@@ -104,21 +104,22 @@ class Broadcast(Transport):
         for bucket, last in buckets(weights, self._config.bucket_bytes):
             if under_way is not None and (failed := await self._arrive(under_way)):
                 return failed
-            under_way = await self._depart(engines, bucket, flush and last, version if last else None)
+            under_way = self._depart(engines, bucket, flush and last, version if last else None)
             sent.bytes += under_way.bytes
+            if not last:
+                await asyncio.wait(under_way.requests, timeout=DEPARTURE_S)
         return await self._arrive(under_way)
 
-    async def _depart(
+    def _depart(
         self, engines: Sequence[WeightClient], bucket: NamedTensors, flush: bool, version: int | None
     ) -> _Bucket:
         bucket = [(name, tensor.contiguous()) for name, tensor in bucket]
         name, description = self._group.name, described(bucket)
+        works = [self._group.group.broadcast([tensor], _from_rank_0()) for _, tensor in bucket]
         requests = {
             asyncio.create_task(engine.receive_bucket(description, name, flush=flush, version=version)): engine
             for engine in engines
         }
-        await asyncio.wait(requests, timeout=DEPARTURE_S)
-        works = [self._group.group.broadcast([tensor], _from_rank_0()) for _, tensor in bucket]
         return _Bucket(sum(tensor.nbytes for _, tensor in bucket), requests, works, bucket)
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
