@@ -68,7 +68,7 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator
         if bucket and size + tensor.nbytes > limit:
             yield bucket, False
             bucket, size = [], 0
-        bucket.append((name, tensor))
+        bucket.append((name, tensor.detach()))
         size += tensor.nbytes
     if bucket:
         yield bucket, True

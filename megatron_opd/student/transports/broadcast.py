@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,6 +30,8 @@ from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import EngineError, OpdError, RefreshError
 from megatron_opd.runtime.http import TransientError
 from megatron_opd.student.transports.base import NamedTensors, Sent, Transport, buckets, described, each, soon
+
+Parting = Callable[[Iterable[WeightClient]], Awaitable[None]]
 
 DEPARTURE_S = 0.005  # for a request to leave before gathering keeps this thread busy
 PARTING_S = 10.0  # for an engine to notice that its group is dead
@@ -124,7 +127,7 @@ class Broadcast(Transport):
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
         """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
-        failed = await self._together(bucket.requests, self._drop)
+        failed = await self._together(bucket.requests, self._break_up)
         for work in bucket.works if not failed else ():
             work.wait()
         return failed
@@ -154,15 +157,20 @@ class Broadcast(Transport):
             joining[asyncio.create_task(request)] = engine
             offset += sizes[engine]
         opening = asyncio.create_task(asyncio.to_thread(_open_group, name, backend, host, port, world, timeout))
-        failed = await self._together(joining, meeting.clear, opening)
+
+        async def close_store(_: Iterable[WeightClient]) -> None:
+            meeting.clear()
+
+        failed = await self._together(joining, close_store, opening)
         if not failed:
             self._group = _Group(name, tuple(engines), meeting.pop(), opening.result())
         return failed
 
     async def _together(
-        self, requests: dict[asyncio.Task, WeightClient], part: Callable[[], None], *own: asyncio.Task
+        self, requests: dict[asyncio.Task, WeightClient], part: Parting, *own: asyncio.Task
     ) -> dict[WeightClient, OpdError]:
-        """Wait until all is done. At the first failure, or after the deadline, ``part`` wakes whoever waits for others.
+        """Wait until all is done. At the first failure, or after the deadline, ``part``, which is told the engines
+        that failed, wakes whoever waits for others.
 
         Engines that failed, as they say themselves or by their silence.
         """
@@ -172,7 +180,7 @@ class Broadcast(Transport):
         )
         if not waiting and not any(task.exception() for task in done):
             return {}
-        part()
+        await part([requests[task] for task in done if task in requests and task.exception()])
         if waiting:
             _, waiting = await asyncio.wait(waiting, timeout=PARTING_S)
         failed = {}
@@ -189,12 +197,22 @@ class Broadcast(Transport):
             raise unexpected[0] if unexpected else RefreshError("The weight group broke", got=_first_error(own))
         return failed
 
+    async def _break_up(self, failed: Iterable[WeightClient]) -> None:
+        """Leave, and let engines that have failed leave: whoever waits for one of them gets an error."""
+        name = self._group.name
+        self._drop()
+        await each(failed, lambda engine: soon(engine, engine.leave_weight_group(name)))
+
     def _drop(self) -> None:
-        """Leave the group without a word: whoever waits in it gets an error."""
+        """Leave the group without a word."""
         if self._group is not None:
             left, self._group, self._stale = self._group, None, False
             self._dead += (left.name,)
             dist.destroy_process_group(left.group)
+            last_references = [left]
+            del left
+            # gloo cannot give up what it is sending: its destructor waits, and must not keep this thread waiting.
+            threading.Thread(target=last_references.clear, daemon=True).start()
 
 
 def _open_group(name: str, backend: str, host: str, port: int, world: int, timeout: timedelta) -> dist.ProcessGroup:
