@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_opd.config import RefreshConfig, load_config
 from megatron_opd.engines.memory import MemoryOccupation
@@ -52,6 +53,7 @@ async def main() -> None:
         found["memory"] = await memory(engines[0])
         found["disk_failed"] = await bad_folder(engines[0], Path(work))
     (Path(work) / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def change(student: Student, version: int) -> None:
