@@ -130,8 +130,8 @@ class FakeEngine:
         self.weights |= tensors
         if body["flush_cache"] and self._has("flush", at_any=True):
             return failed("Cache flush failed after updating weights")
-        if not self._has("version", at_any=True):
-            self.version = body.get("weight_version", self.version)
+        if "weight_version" in body and not self._has("version", at_any=True):
+            self.version = body["weight_version"]
         return succeeded()
 
     async def pause_generation(self, _: dict) -> web.Response:

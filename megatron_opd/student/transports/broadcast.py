@@ -127,7 +127,12 @@ class Broadcast(Transport):
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
         """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
-        failed = await self._together(bucket.requests, self._break_up)
+
+        async def give_up(failed: Iterable[WeightClient]) -> None:
+            bucket.works.clear()  # each keeps the connections open
+            await self._break_up(failed)
+
+        failed = await self._together(bucket.requests, give_up)
         for work in bucket.works if not failed else ():
             work.wait()
         return failed

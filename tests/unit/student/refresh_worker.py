@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import sys
-import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from student_case import kinds_of, make_config
 from megatron_opd.config import RefreshConfig
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import OpdError
-from megatron_opd.runtime.http import fetch, new_session, wait_until_ready
+from megatron_opd.runtime.http import TransientError, wait_until_ready
 from megatron_opd.runtime.ports import free_port
 from megatron_opd.student.build import Student, build_student, init_distributed
 from megatron_opd.student.refresh import WeightRefresh
@@ -139,12 +138,11 @@ async def run_fault(
         if back_after_s >= 0:
             replacing = asyncio.create_task(replace_first())
         try:
-            began = time.monotonic()
             result["first"] = await refresh.push(student, 1)
-            result["seconds"] = time.monotonic() - began
             for client in clients:
                 if client.url in result["first"].live:
                     await client._post("/save", {})
+            result["calls"] = [await calls_of(client) for client in clients]
             if back_after_s < 0:
                 await replace_first()
                 await wait_until_ready(f"{clients[0].url}/ready", 30)
@@ -153,14 +151,15 @@ async def run_fault(
             result["second"] = await refresh.push(student, 2)
         except OpdError as error:
             result["error"] = f"{type(error).__name__}: {error}"
-        result["calls"] = []
-        async with new_session(timeout_s=1) as session:
-            for client in clients:
-                try:
-                    result["calls"].append(json.loads((await fetch(session, "GET", f"{client.url}/calls"))[1]))
-                except OpdError:
-                    result["calls"].append([])
         return result
+
+
+async def calls_of(client: WeightClient) -> list[str] | None:
+    """Paths that an engine was asked for, in order; None when it does not say."""
+    try:
+        return await base.soon(client, client._get("/calls"))
+    except TransientError:
+        return None
 
 
 if __name__ == "__main__":
