@@ -210,7 +210,7 @@ class RefreshConfig(Section):
     mode: Literal["broadcast", "disk", "tensor"] = "broadcast"
     """Way of transport: a process group that spans trainer and engines, files, or shared memory of one machine."""
     pause: Literal["none", "retract", "in_place"] = "none"
-    """Responses under way: none waits for their end, retract computes their cache anew, in_place keeps the old cache."""
+    """Responses under way: none waits for their end, retract computes their cache anew, in_place keeps it."""
     host: str = "127.0.0.1"
     """Address of the trainer's first rank, as the rollout engines reach it."""
     port: Port = 0
