@@ -108,7 +108,7 @@ class WeightRefresh:
             seconds=seconds,
             bytes=attempt.bytes,
             probe_difference=max(attempt.differences.values()),
-            live=tuple(engine.url for engine in attempt.differences),
+            live=tuple(engine.url for engine in self._engines if engine in attempt.differences),
             out={engine.url: error.what for engine, error in attempt.out.items()},
         )
 
