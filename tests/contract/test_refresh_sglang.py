@@ -49,16 +49,18 @@ def found(servers, tensor_parallel_engine: str, tmp_path_factory: pytest.TempPat
     """What refreshes from a real student to both engines gave."""
     work = tmp_path_factory.mktemp("refresh")
     worker = str(Path(__file__).with_name("refresh_contract_worker.py"))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", worker, str(work), servers.rollout, tensor_parallel_engine],
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    log = work / "worker.log"  # no pipe: torch's keeper of shared memory holds it open while the engine lives
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", worker, str(work), servers.rollout, tensor_parallel_engine],
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+            timeout=300,
+        )
+    assert done.returncode == 0, log.read_text()[-6000:]
     return json.loads((work / "found.json").read_text())
 
 
