@@ -6,8 +6,7 @@ A random Qwen3 of about 0.5 GB (float32) in a temporary folder, one student rank
 bare broadcast goes between two processes that do nothing else, from and into memory that they have used before: the
 best case. Bare and refresh take turns, so that other load meets both; each figure is the median of the turns, with the
 fastest in brackets. Seconds of a refresh are those of sending: from the first gathered tensor until the engine has said
-that it holds the last one, without the probe. ``in engine``: mean time by the engine's own clock of receiving and
-loading, over all refreshes of a way; the rest is its HTTP side, begin and end, and gathering.
+that it holds the last one, without the probe.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from megatron_opd.config import Config, EngineConfig, RefreshConfig, ServerConfi
 from megatron_opd.engines.command import server_argv, server_environment
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.runtime.env import child_environment
-from megatron_opd.runtime.http import fetch, new_session, wait_until_ready
+from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.ports import free_port
 
 SIZES = {"hidden_size": 768, "intermediate_size": 3072, "head_dim": 64, "vocab_size": 32000}
@@ -112,7 +111,6 @@ async def measure(options: argparse.Namespace, folder: Path, url: str) -> None:
                 there = Place("127.0.0.1", free_port(), folder / "weights")
                 refresh = WeightRefresh.connect(settings, [engine], there, SIZES["vocab_size"])
                 times: dict[str, list[float]] = {"bare": [], mode: []}
-                before = await seconds_in_engine(url)
                 for _ in range(options.repeat + 1):
                     version += 1
                     found = await refresh.push(student, version)
@@ -121,18 +119,8 @@ async def measure(options: argparse.Namespace, folder: Path, url: str) -> None:
                     times[mode].append(found.seconds)
                 for name, values in times.items():
                     tell(name, values[1:], times["bare"][1:], found.bytes)  # the first meets and makes buffers
-                spent = (await seconds_in_engine(url) - before) / (options.repeat + 1)
-                print(f"{'in engine':12}{spent:8.3f}", flush=True)
                 await refresh.close()
     dist.destroy_process_group()
-
-
-async def seconds_in_engine(url: str) -> float:
-    """Spent so far in receiving and loading weights, as the engine counts it."""
-    async with new_session(timeout_s=60) as session:
-        _, body = await fetch(session, "GET", f"{url}/metrics")
-    lines = [line for line in body.decode().splitlines() if line.startswith("sglang:weight_load_duration_seconds_sum")]
-    return sum(float(line.split()[-1]) for line in lines)
 
 
 def tell(name: str, seconds: list[float], bare_seconds: list[float], size: int) -> None:
