@@ -189,22 +189,31 @@ class ScoringConfig(Section):
 
 
 class RefreshConfig(Section):
-    """How the rollout engine gets new weights."""
+    """How the rollout engines get new weights (docs/refresh.md)."""
 
-    mode: Literal["broadcast"] = "broadcast"
-    """Way of transport: a process group that spans trainer and engine."""
+    mode: Literal["broadcast", "disk", "tensor"] = "broadcast"
+    """Way of transport: a process group that spans trainer and engines, files, or shared memory of one machine."""
     pause: Literal["none", "retract", "in_place"] = "none"
-    """What happens to responses under way: nothing, they are computed anew up to where they were, or they freeze."""
+    """Responses under way: none waits for their end, retract computes their cache anew, in_place keeps it."""
     host: str | None = None
     """Address of the trainer's first rank, as engines reach it; null: loopback, or its node's in a SLURM job."""
     port: Port = 0
-    """Port at which the two meet; 0 takes a free one."""
+    """Port at which they meet; 0 takes a free one."""
+    folder: Path | None = None
+    """Folder of mode disk, with one for each run in it; all engines see it under the same path. null: the run's own."""
     bucket_mb: PositiveInt = 256
-    """Most megabytes of weights in one broadcast."""
+    """Most megabytes of weights that are under way at once; twice as many are in memory."""
     probe_tolerance: PositiveFloat = 1e-4
     """Largest difference of log-probs between engine and trainer on the probe sequence; 1e-4 is meant for float32."""
     timeout_s: PositiveFloat = 300.0
-    """Longest time for one refresh."""
+    """Longest wait for one answer of an engine during a refresh."""
+    recovery_s: PositiveFloat = 300.0
+    """Longest wait for an engine to come back when none can be reached; then the run stops."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Most bytes of weights that are under way at once."""
+        return self.bucket_mb << 20
 
 
 class EvalConfig(Section):

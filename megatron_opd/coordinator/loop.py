@@ -36,6 +36,7 @@ from megatron_opd.observe.trajectories import write_trajectories
 from megatron_opd.recipe.objective import StepObjective, step_objective
 from megatron_opd.recipe.pack import pack, pack_metrics
 from megatron_opd.records import Outcome, PackedBatch, Prompt
+from megatron_opd.runtime.messages import RefreshReport
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.runtime.wire import encode
 
@@ -67,8 +68,7 @@ class Loop:
         """Drive the run to its end."""
         gc.freeze()  # libraries stay to the end: to look at their objects again and again costs a tenth of a step
         first = self.progress.step
-        start = await self.board.live(first)
-        self.progress.refreshes.add(start)
+        start = await self._live(first)
         self.recorder.event("live", **start.model_dump())
         if first == 0 and self.config.evaluation.before:
             await self._evaluate("before", with_teachers=self.config.evaluation.teachers)
@@ -106,9 +106,8 @@ class Loop:
         await self.board.publish(step, [encode(replace(batch, last=last)) for batch in prepared.batches])
         self.activity.begin(f"step {step + 1}: training")
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
-        report = await self.board.live(step + 1)
+        report = await self._live(step + 1)
         ahead = {"perf/ready_steps": self.buffer.ready, "time/buffered_s": lay} if bound else {}
-        self.progress.refreshes.add(report)
         spent = time.monotonic() - began
         scored = sum(len(item.teacher_logprobs) for item in rollouts.scored)
         times = {"time/collect_s": prepared.seconds, "time/step_s": spent, "perf/tokens_per_s": scored / spent}
@@ -129,6 +128,15 @@ class Loop:
             # After the step's line and rollouts are on disk: a checkpoint that is whole has everything before it.
             folder = self.run_directory.checkpoints.coordinator_state(step + 1)
             await asyncio.to_thread(write, folder, self.now(), self.stream.state(), self.prompts)
+
+    async def _live(self, version: int) -> RefreshReport:
+        """Wait for weights to be live; engines that do not have them get no requests until they do."""
+        report = await self.board.live(version)
+        self.progress.refreshes.add(report)
+        self.stages.engine.replicas.follow(report.out)
+        if report.out:
+            self.recorder.event("engines_out", version=version, reasons=report.out)
+        return report
 
     async def _prepare(self, step: int) -> Prepared:
         """Rollouts of a step and what the recipe makes of them, packed."""

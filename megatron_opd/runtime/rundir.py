@@ -90,6 +90,11 @@ class RunDirectory:
         return self.path / "student_hf"
 
     @property
+    def weights(self) -> Path:
+        """Weights on their way to the rollout engines, where they go by files."""
+        return self.path / "weights"
+
+    @property
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints")
 

@@ -48,7 +48,7 @@ class SlowEngine:
     ``version_of`` says which weights a group sees while ``version`` is live: an engine that is out of date lies here.
     """
 
-    replicas = type("Replicas", (), {"where": "http://engine"})
+    replicas = type("Replicas", (), {"where": "http://engine", "follow": staticmethod(lambda out: None)})
 
     def __init__(self, server: SlowServer) -> None:
         self.server, self.version = server, 0
@@ -112,9 +112,7 @@ class SlowStudent:
     async def report(self, version: int) -> None:
         self.engine.version = version
         training = {"time/train_s": self.seconds} if version > self.first else {}
-        report = RefreshReport(
-            version=version, refresh_s=0.0, refresh_bytes=1, probe_difference=0.0, training=training
-        )
+        report = RefreshReport(version=version, refresh_s=0.0, refresh_bytes=1, probe_difference=0.0, training=training)
         assert await self.board.refreshed(report)
 
 
