@@ -7,7 +7,8 @@ A YAML file holds what differs from these defaults; further files and ``key=valu
 All mistakes are reported together, with the nearest known key. Relative paths count from the current directory.
 """
 
-from megatron_opd.config.load import load_config, parse_config
+from megatron_opd.config.convert import ConversionConfig, ToHfConfig, ToMegatronConfig
+from megatron_opd.config.load import load_config, load_options, parse_config
 from megatron_opd.config.recipe import (
     BalanceConfig,
     CalibrationConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointConfig",
     "ColumnsConfig",
     "Config",
+    "ConversionConfig",
     "DataConfig",
     "DifficultyConfig",
     "EngineConfig",
@@ -53,7 +55,10 @@ __all__ = [
     "ServerConfig",
     "StudentConfig",
     "TeacherConfig",
+    "ToHfConfig",
+    "ToMegatronConfig",
     "VerifierConfig",
     "load_config",
+    "load_options",
     "parse_config",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_opd.config import Config, parse_config
 from megatron_opd.records import PackedBatch
@@ -32,8 +32,10 @@ MODELS = {
     "untied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=None, tie_word_embeddings=False),
     "tied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
 }
+SCORED_ONLY = ("qwen2", "llama", "mistral")  # whose training is that of the others
 _EXPERTS = {
     "head_dim": 16,
     "num_experts": 4,
