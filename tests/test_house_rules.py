@@ -37,7 +37,8 @@ ALLOWED = {
     "train": FOUNDATION | {"runtime", "data", "engines", "observe", "student"},
     "difficulty": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "observe", "train"},
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit"},
+    "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "convert"},
 }
 
 

@@ -1,23 +1,23 @@
-"""Starts the student's ranks on this machine: ``python -m megatron_opd.student RUN_DIRECTORY MASTER_PORT``."""
+"""Starts ranks on this machine: ``python -m megatron_opd.student MODULE RANKS MASTER_PORT ARGUMENT``.
+
+Each rank is ``python -m MODULE ARGUMENT``. When one fails, the others are ended.
+"""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from torch.distributed.run import main
 
 from megatron_opd.runtime.process import die_with_parent
-from megatron_opd.runtime.rundir import RunDirectory
 
 if __name__ == "__main__":
     die_with_parent()
-    run_directory, port = sys.argv[1:]
-    ranks = RunDirectory(Path(run_directory)).config().world_size
+    module, ranks, port, argument = sys.argv[1:]
     main(
         [
-            *("--nnodes", "1", "--nproc-per-node", str(ranks)),
+            *("--nnodes", "1", "--nproc-per-node", ranks),
             *("--master-addr", "127.0.0.1", "--master-port", port),
-            *("-m", "megatron_opd.student.worker", run_directory),
+            *("-m", module, argument),
         ]
     )

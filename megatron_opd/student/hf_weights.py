@@ -150,7 +150,7 @@ def _header(path: Path) -> dict[str, HfTensor]:
     """The tensors of one file. safetensors compares the header with the file's size."""
     try:
         with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: HfTensor(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(

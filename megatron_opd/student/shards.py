@@ -1,8 +1,8 @@
 """Safetensors files that are filled tensor by tensor, in any order, so that none of them is ever whole in memory.
 
-safetensors itself writes a file from tensors that are all there. What is in each file, and where, follows from names and
-shapes alone, so the header is written first and each tensor goes to its place when it comes. The files are the same
-whatever order that is.
+safetensors itself writes a file from tensors that are all there. What is in each file, and where, follows from names
+and shapes alone, so the header is written first and each tensor goes to its place when it comes. The files are the
+same whatever order that is.
 """
 
 from __future__ import annotations

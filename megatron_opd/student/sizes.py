@@ -119,7 +119,7 @@ def _check_window(where: Path, hf_config: dict[str, Any]) -> None:
         where=f"{where}: sliding_window, max_position_embeddings",
         got=f"a window of {window} tokens in a context of {'unknown size' if context is None else context}",
         expected="sliding_window null, or at least max_position_embeddings",
-        fix=f"set max_position_embeddings to {window} where no sequence is longer: such sequences fill the window only",
+        fix=f"where no sequence is longer than that, set max_position_embeddings to {window}",
     )
 
 

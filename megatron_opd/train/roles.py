@@ -62,20 +62,24 @@ def server_role(config: Config, name: str, server: ServerConfig, model: Path, ur
     return Role(name, argv, server_environment(config.engine, server), f"{url}/ready")
 
 
+def ranks_argv(module: str, ranks: int, argument: str) -> list[str]:
+    """Command line that starts ``ranks`` processes of one job, each of them ``python -m module argument``."""
+    return [sys.executable, "-m", "megatron_opd.student", module, str(ranks), str(free_port()), argument]
+
+
 def own_roles(run: RunDirectory, endpoints: Endpoints, token: str) -> list[Role]:
     """The coordinator and the student."""
     environment = child_environment(**{TOKEN: token})
-    python = [sys.executable, "-m"]
     return [
         Role(
             "coordinator",
-            [*python, "megatron_opd.coordinator", str(run.path)],
+            [sys.executable, "-m", "megatron_opd.coordinator", str(run.path)],
             environment,
             f"{endpoints.coordinator}/health",
         ),
         Role(
             "student",
-            [*python, "megatron_opd.student", str(run.path), str(free_port())],
+            ranks_argv("megatron_opd.student.worker", run.config().world_size, str(run.path)),
             environment | {"OMP_NUM_THREADS": "1"},
             None,
         ),
