@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -57,12 +59,20 @@ def load_model(model: Model, folder: Path, saved_tensor_parallel: int) -> None:
 
 def saved_dtype(folder: Path) -> str:
     """Precision of the weights in a checkpoint, "float32" or "bfloat16". Raises CheckpointError for another."""
-    tensor = dist_checkpointing.load_tensors_metadata(str(folder)).get(_EMBEDDINGS[0])
+    tensor = _saved_tensors(folder).get(_EMBEDDINGS[0])
     names = [name for name, dtype in DTYPES.items() if tensor is not None and tensor.dtype == dtype]
     if not names:
         got = "no word embeddings" if tensor is None else tensor.dtype
         raise CheckpointError("The checkpoint is no language model of ours", where=folder, got=got)
     return names[0]
+
+
+def _saved_tensors(folder: Path) -> dict[str, ShardedTensor]:
+    """Every tensor of a checkpoint, without data."""
+    try:
+        return dist_checkpointing.load_tensors_metadata(str(folder))
+    except (CheckpointingException, OSError, UnpicklingError) as error:
+        raise CheckpointError("The folder cannot be read as a Megatron checkpoint", where=folder, got=error) from error
 
 
 class _InPlace(torch_dist.TorchDistSaveShardedStrategy):
@@ -87,7 +97,7 @@ def _sharded(model: Model) -> dict[str, Any]:
 
 
 def _check_tensors(model: Model, targets: list[ShardedTensor], folder: Path, saved_tensor_parallel: int) -> None:
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    saved = _saved_tensors(folder)
     mistakes = list(_differences(model, targets, saved, saved_tensor_parallel))
     if mistakes:
         more = f" and {len(mistakes) - _LISTED} more" if len(mistakes) > _LISTED else ""

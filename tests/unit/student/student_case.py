@@ -103,10 +103,15 @@ class Sample:
     top_logprobs: np.ndarray  # [L, K], of a teacher
 
 
-def make_model(folder: Path, kind: str) -> None:
-    """Save a random model whose norms and biases are not the identity, so that a lost one shows."""
+def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """Save a random model whose norms and biases are not the identity, so that a lost one shows.
+
+    changes: fields of its config.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((MODELS | EXPERTS)[kind](), dtype=torch.float32)
+    config = (MODELS | EXPERTS)[kind]()
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.data.mul_(50)  # a router in doubt would choose by rounding errors
