@@ -235,7 +235,7 @@ def _build_chunk(bridge: Bridge, backend: BackendName, part: int | None) -> GPTM
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=part is None, vp_stage=part),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=_rope_base(hf_config),
+        **_rope(hf_config),
         vp_stage=part,
     )
 
@@ -263,10 +263,13 @@ def _wrap(chunks: list[GPTModel], bridge: Bridge, student: StudentConfig) -> lis
     return model
 
 
-def _rope_base(hf_config: Any) -> float:
-    """Base of the rotary angles: transformers 5 keeps it in rope_parameters, transformers 4 beside the sizes."""
-    parameters = getattr(hf_config, "rope_parameters", None)
-    return parameters["rope_theta"] if parameters else hf_config.rope_theta
+def _rope(hf_config: Any) -> dict[str, Any]:
+    """What GPTModel is told of the rotary angles: transformers 5 keeps it in one field, transformers 4 in two."""
+    known = getattr(hf_config, "rope_parameters", None)
+    known = known or {"rope_theta": hf_config.rope_theta, **(hf_config.rope_scaling or {})}
+    scaled = known.get("rope_type") == "llama3"
+    scaling = {"rope_scaling": True, "rope_scaling_factor": known["factor"]} if scaled else {}
+    return {"rotary_base": known["rope_theta"], **scaling}
 
 
 def _build_optimizer(

@@ -15,6 +15,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 # Fields of config.json that change the arithmetic and that the conversion does not carry over.
 _FIXED_FIELDS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+_LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}  # Megatron's own
 _MISTRAL_WINDOW = 4096  # of a config.json that names none, in transformers
 _FIXED_EXPERT_FIELDS = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # every layer has experts
 
@@ -95,17 +96,23 @@ def _check_model(student: StudentConfig, hf_config: dict[str, Any]) -> None:
                 got=hf_config[field],
                 expected=expected,
             )
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ModelError(
-            "The student's rotary embedding is scaled, which is not supported",
-            where=f"{where}: rope_parameters",
-            got=rope_type,
-            expected="default",
-        )
+    _check_rope(where, hf_config)
     if model_type == "mistral":
         _check_window(where, hf_config)
+
+
+def _check_rope(where: Path, hf_config: dict[str, Any]) -> None:
+    """Raise ModelError unless the rotary angles are plain, or scaled in the one way that Megatron knows."""
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default" or (kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_ROPE.items())):
+        return
+    raise ModelError(
+        "The student's rotary embedding is scaled in a way that is not supported",
+        where=f"{where}: rope_parameters",
+        got=rope,
+        expected=f"rope_type default, or llama3 with {_LLAMA3_ROPE} and any factor",
+    )
 
 
 def _check_window(where: Path, hf_config: dict[str, Any]) -> None:

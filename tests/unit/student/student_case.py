@@ -28,10 +28,14 @@ _SIZES = {
     "max_position_embeddings": 128,
     "rope_theta": 5000.0,
 }
+_LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}
 MODELS = {
     "untied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
-    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama": lambda: LlamaConfig(**{**_SIZES, "rope_parameters": _LLAMA3}, tie_word_embeddings=False),
     "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=None, tie_word_embeddings=False),
     "tied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
 }
@@ -115,6 +119,8 @@ def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **ch
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.data.mul_(50)  # a router in doubt would choose by rounding errors
+        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data.mul_(20)  # its scaled angles are small: attention must hang on them
         if parameter.ndim == 1:
             parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_()
     model.save_pretrained(folder)

@@ -152,7 +152,7 @@ def test_export_is_equal_to_the_bit(runs: dict, work: Path, layout: str, kind: s
     assert original.keys() == copy.keys()
     assert all(torch.equal(original[key], copy[key]) for key in original)
     shards = sorted(path.name for path in exported.glob("*.safetensors"))
-    assert len(shards) == 6 if kind == "llama" else shards == ["model.safetensors"], shards
+    assert len(shards) == 7 if kind == "llama" else shards == ["model.safetensors"], shards
     assert (exported / "chat_template.jinja").is_file()
     assert (exported / "tokenizer_config.json").is_file()
     assert not list(work.glob("*.partial"))
