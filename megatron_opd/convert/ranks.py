@@ -14,6 +14,11 @@ from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
 from megatron_opd.runtime.supervision import POLL_S, death, ignore_signals
 from megatron_opd.train.roles import ranks_argv
 
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",  # so that the ranks take the same way as on a machine without a GPU
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),  # so that glibc gives the memory of a tensor back at once
+}
+
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -21,6 +26,7 @@ class RankMemory:
 
     rank: int
     before: int  # with torch and Megatron loaded, and no model
+    weights: int  # of its part of the model
     peak: int
 
 
@@ -39,14 +45,12 @@ def run_ranks(job: ConversionJob, log: Path) -> Converted:
 
     Raises CheckpointError with what a process told, ProcessError with the end of the log when it could tell nothing.
     """
-    began = time.monotonic()
+    began, threads = time.monotonic(), str(job.student.threads_per_rank)
     job.events.touch()
     adopt_orphans()
     try:
         argv = ranks_argv("megatron_opd.student.convert", job.student.ranks, job.model_dump_json())
-        # Without a visible GPU the ranks are sure to take the same way as on a machine that has none.
-        environment = child_environment(OMP_NUM_THREADS=str(job.student.threads_per_rank), CUDA_VISIBLE_DEVICES="")
-        child = start("the conversion", argv, environment, log)
+        child = start("the conversion", argv, child_environment(OMP_NUM_THREADS=threads, **ENVIRONMENT), log)
         while child.returncode is None:
             time.sleep(POLL_S)
     finally:
@@ -56,7 +60,7 @@ def run_ranks(job: ConversionJob, log: Path) -> Converted:
     if child.returncode != 0:
         raise _failure(child, events)
     done = [event for event in events if event["event"] == "converted"]
-    ranks = [RankMemory(event["rank"], event["before"], event["peak"]) for event in done]
+    ranks = [RankMemory(event["rank"], event["before"], event["weights"], event["peak"]) for event in done]
     size = sum(path.stat().st_size for path in job.target.rglob("*") if path.is_file())
     seconds = time.monotonic() - began
     return Converted(size, seconds, sorted(ranks, key=lambda rank: rank.rank), done[0]["layout"])
