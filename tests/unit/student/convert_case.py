@@ -31,7 +31,7 @@ DENSE = {
     "half": {},
 }
 # Not converted, but what a checkpoint of "untied" is taken for.
-WRONG = {"short": {"num_hidden_layers": 2}, "wide": {"vocab_size": VOCAB + 8}}
+WRONG = {"short": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "wide": {"vocab_size": VOCAB + 8}}
 
 
 def make_models(folder: Path) -> None:

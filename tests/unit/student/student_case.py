@@ -114,7 +114,7 @@ def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **ch
     """
     torch.manual_seed(0)
     config = (MODELS | EXPERTS)[kind]()
-    config.update(changes)
+    config = config.from_dict(config.to_dict() | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
