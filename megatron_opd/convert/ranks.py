@@ -49,7 +49,7 @@ def run_ranks(job: ConversionJob, log: Path) -> Converted:
     job.events.touch()
     adopt_orphans()
     try:
-        argv = ranks_argv("megatron_opd.student.convert", job.student.ranks, job.model_dump_json())
+        argv = ranks_argv("convert", job.student.ranks, job.model_dump_json())
         child = start("the conversion", argv, child_environment(OMP_NUM_THREADS=threads, **ENVIRONMENT), log)
         while child.returncode is None:
             time.sleep(POLL_S)

@@ -1,4 +1,4 @@
-"""One process of a conversion: ``python -m megatron_opd.student megatron_opd.student.convert RANKS PORT JOB``."""
+"""One process of a conversion: ``python -m megatron_opd.student convert RANKS PORT JOB``."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_opd.config import Config, ServerConfig
 from megatron_opd.engines.command import server_argv, server_environment
@@ -62,9 +63,9 @@ def server_role(config: Config, name: str, server: ServerConfig, model: Path, ur
     return Role(name, argv, server_environment(config.engine, server), f"{url}/ready")
 
 
-def ranks_argv(module: str, ranks: int, argument: str) -> list[str]:
-    """Command line that starts ``ranks`` processes of one job, each of them ``python -m module argument``."""
-    return [sys.executable, "-m", "megatron_opd.student", module, str(ranks), str(free_port()), argument]
+def ranks_argv(job: Literal["worker", "convert"], ranks: int, argument: str) -> list[str]:
+    """Command line that starts ``ranks`` processes, each of them ``python -m megatron_opd.student.<job> argument``."""
+    return [sys.executable, "-m", "megatron_opd.student", job, str(ranks), str(free_port()), argument]
 
 
 def own_roles(run: RunDirectory, endpoints: Endpoints, token: str) -> list[Role]:
@@ -79,7 +80,7 @@ def own_roles(run: RunDirectory, endpoints: Endpoints, token: str) -> list[Role]
         ),
         Role(
             "student",
-            ranks_argv("megatron_opd.student.worker", run.config().world_size, str(run.path)),
+            ranks_argv("worker", run.config().world_size, str(run.path)),
             environment | {"OMP_NUM_THREADS": "1"},
             None,
         ),
