@@ -87,7 +87,7 @@ def check_to_hf(checkpoint: Path, out: Path, options: list[str]) -> ToHf:
     if source is not None:
         hf_config = mistakes.attempt(lambda: read_hf_config(source))
     if hf_config is not None and _check_model(mistakes, config, source, hf_config):
-        mistakes.attempt(lambda: _check_space(out, expected_shapes(source, hf_config), "bfloat16"))  # or more
+        mistakes.attempt(lambda: _check_space(out, expected_shapes(source, hf_config), "bfloat16"))  # at least
     raise_together(mistakes.found)
     return ToHf(config, folder, manifest, source)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -38,6 +39,7 @@ def save_model(model: Model, folder: Path) -> None:
         raise CheckpointError("The checkpoint cannot be written", where=folder, got=error) from error
 
 
+@torch.no_grad()
 def load_model(model: Model, folder: Path, saved_tensor_parallel: int) -> None:
     """Read the weights, and nothing else, of a checkpoint saved under any layout. All ranks call it.
 
