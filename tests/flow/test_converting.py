@@ -13,6 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_opd.runtime.checkpoints import write_manifest
 
 from runs import COMMAND, ROOT, assert_all_gone
 
@@ -46,10 +50,8 @@ def test_there_and_back(tmp_path: Path) -> None:
 def same_content(found: Path, expected: Path) -> bool:
     if found.suffix != ".safetensors":
         return filecmp.cmp(found, expected, shallow=False)
-    from safetensors.numpy import load_file
-
     ours, theirs = load_file(found), load_file(expected)
-    return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in theirs)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def convert(verb: str, given: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
@@ -85,8 +87,6 @@ def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path: Path, number: sig
 
 def test_a_rank_that_fails_is_told(tmp_path: Path) -> None:
     """A checkpoint that is whole, and no checkpoint: known only when Megatron reads it."""
-    from megatron_opd.runtime.checkpoints import write_manifest
-
     (tmp_path / "c").mkdir()
     write_manifest(tmp_path / "c", "test", 0, {"tensor": 1})
     done = convert("to-hf", tmp_path / "c", tmp_path / "out", f"source={MODEL}")
