@@ -25,6 +25,11 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example conf/toy.yaml", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, for example steps=2", metavar="KEY=VALUE")]
 
+NewFolder = Annotated[Path, typer.Argument(help="Folder to write, which must not exist", metavar="OUT")]
+Options = Annotated[
+    list[str] | None, typer.Argument(help="Options, for example tensor_parallel=2", metavar="KEY=VALUE")
+]
+
 
 @app.command()
 def train(
@@ -107,6 +112,49 @@ def view(
 
     with _told(RunConsole()):
         typer.echo("\n".join(write_view(run, out)))
+
+
+convert = typer.Typer(
+    help="Convert weights between a Hugging Face folder and a Megatron checkpoint.", no_args_is_help=True
+)
+app.add_typer(convert, name="convert")
+
+
+@convert.command("to-megatron")
+def convert_to_megatron(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors", metavar="HF_DIR")],
+    out: NewFolder,
+    options: Options = None,
+) -> None:
+    """Write the weights of a Hugging Face folder as a Megatron checkpoint (torch_dist), which any layout loads.
+
+    Keys: tensor_parallel, pipeline_parallel, expert_parallel, expert_tensor_parallel, threads_per_rank, dtype.
+    """
+    from megatron_opd.convert.command import to_megatron
+    from megatron_opd.convert.console import ConversionConsole
+
+    with ConversionConsole() as console, _told(console):
+        to_megatron(source, out, options or [], console)
+
+
+@convert.command("to-hf")
+def convert_to_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Megatron checkpoint: iter_0000010, release, or the folder above", metavar="CKPT")
+    ],
+    out: NewFolder,
+    options: Options = None,
+) -> None:
+    """Write the weights of a Megatron checkpoint, of a run or of to-megatron, as a Hugging Face folder.
+
+    Keys: source, shard_gb, tensor_parallel, pipeline_parallel, expert_parallel, expert_tensor_parallel,
+    threads_per_rank.
+    """
+    from megatron_opd.convert.command import to_hf
+    from megatron_opd.convert.console import ConversionConsole
+
+    with ConversionConsole() as console, _told(console):
+        to_hf(checkpoint, out, options or [], console)
 
 
 @app.command("config")

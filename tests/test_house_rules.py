@@ -39,7 +39,8 @@ ALLOWED = {
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
     "plan": FOUNDATION | {"student"},
     "view": FOUNDATION | {"runtime", "observe", "audit"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view"},
+    "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view", "convert"},
 }
 
 

@@ -8,7 +8,8 @@ All mistakes are reported together, with the nearest known key. Relative paths c
 """
 
 from megatron_opd.config.cluster import ClusterConfig
-from megatron_opd.config.load import load_config, parse_config
+from megatron_opd.config.convert import ConversionConfig, ToHfConfig, ToMegatronConfig
+from megatron_opd.config.load import load_config, load_options, parse_config
 from megatron_opd.config.recipe import (
     BalanceConfig,
     CalibrationConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ClusterConfig",
     "ColumnsConfig",
     "Config",
+    "ConversionConfig",
     "DataConfig",
     "DifficultyConfig",
     "EngineConfig",
@@ -57,7 +59,10 @@ __all__ = [
     "SinksConfig",
     "StudentConfig",
     "TeacherConfig",
+    "ToHfConfig",
+    "ToMegatronConfig",
     "VerifierConfig",
     "load_config",
+    "load_options",
     "parse_config",
 ]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from megatron_opd.config import Config, ServerConfig
 from megatron_opd.engines.command import server_argv, server_environment
@@ -98,25 +99,40 @@ def _environment(config: Config, server: ServerConfig, replica: int) -> dict[str
     return environment(config.engine, server, replica)
 
 
-def own_roles(run: RunDirectory, endpoints: Endpoints, token: str, cluster: Cluster = ONE_MACHINE) -> list[Role]:
+def ranks_argv(
+    job: Literal["worker", "convert"], ranks: int, argument: str, cluster: Cluster = ONE_MACHINE
+) -> list[str]:
+    """Command line that starts ``ranks`` processes, each of them ``python -m megatron_opd.student.<job> argument``.
+
+    In a job of several nodes it is started once on each of the student's.
+    """
+    meeting, nodes = f"{cluster.host('student')}:{free_port()}", str(cluster.nodes("student"))
+    return [*_python(cluster), "megatron_opd.student", job, str(ranks), meeting, nodes, argument]
+
+
+def own_roles(
+    run: RunDirectory, config: Config, endpoints: Endpoints, token: str, cluster: Cluster = ONE_MACHINE
+) -> list[Role]:
     """The coordinator and the student."""
     environment = child_environment(**{TOKEN: token})
-    python = [cluster.config.trainer_python or sys.executable, "-m"]
-    meeting = f"{cluster.host('student')}:{free_port()}"
     return [
         Role(
             "coordinator",
-            [*python, "megatron_opd.coordinator", str(run.path)],
+            [sys.executable, "-m", "megatron_opd.coordinator", str(run.path)],
             environment,
             f"{endpoints.coordinator}/health",
         ),
         Role(
             "student",
-            [*python, "megatron_opd.student", str(run.path), meeting, str(cluster.nodes("student"))],
+            ranks_argv("worker", config.world_size, str(run.path), cluster),
             environment | {"OMP_NUM_THREADS": "1"},
             None,
         ),
     ]
+
+
+def _python(cluster: Cluster) -> list[str]:
+    return [cluster.config.trainer_python or sys.executable, "-m"]
 
 
 def on_nodes(roles: Sequence[Role], cluster: Cluster, token: str) -> list[Role]:

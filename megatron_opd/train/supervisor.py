@@ -81,7 +81,7 @@ def dry_run(config: Config) -> list[str]:
 
 def _roles(run: RunDirectory, config: Config, endpoints: Endpoints, cluster: Cluster) -> list[Role]:
     token = new_token()
-    return on_nodes(server_roles(config, endpoints) + own_roles(run, endpoints, token, cluster), cluster, token)
+    return on_nodes(server_roles(config, endpoints) + own_roles(run, config, endpoints, token, cluster), cluster, token)
 
 
 def _as_requeued(config: Config, console: RunConsole) -> Config:

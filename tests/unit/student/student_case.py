@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_opd.config import Config, LossConfig, parse_config
 from megatron_opd.records import PackedBatch
@@ -28,12 +28,18 @@ _SIZES = {
     "max_position_embeddings": 128,
     "rope_theta": 5000.0,
 }
+_LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}
 MODELS = {
     "untied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
-    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama": lambda: LlamaConfig(**{**_SIZES, "rope_parameters": _LLAMA3}, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=None, tie_word_embeddings=False),
     "tied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
 }
+SCORED_ONLY = ("qwen2", "llama", "mistral")  # whose training is that of the others
 _EXPERTS = {
     "head_dim": 16,
     "num_experts": 4,
@@ -103,13 +109,20 @@ class Sample:
     top_logprobs: np.ndarray  # [L, K], of a teacher
 
 
-def make_model(folder: Path, kind: str) -> None:
-    """Save a random model whose norms and biases are not the identity, so that a lost one shows."""
+def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """Save a random model whose norms and biases are not the identity, so that a lost one shows.
+
+    changes: fields of its config.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((MODELS | EXPERTS)[kind](), dtype=torch.float32)
+    config = (MODELS | EXPERTS)[kind]()
+    config = config.from_dict(config.to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.data.mul_(50)  # a router in doubt would choose by rounding errors
+        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data.mul_(20)  # its scaled angles are small: attention must hang on them
         if parameter.ndim == 1:
             parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_()
     model.save_pretrained(folder)

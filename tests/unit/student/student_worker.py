@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from forked import run_layouts
 from megatron.core import parallel_state
-from student_case import Sample, denominator_of, kinds_of, make_config, pack
+from student_case import SCORED_ONLY, Sample, denominator_of, kinds_of, make_config, pack
 
 from megatron_opd.config import LossConfig
 from megatron_opd.errors import ConfigError
@@ -56,9 +56,8 @@ def run_model(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict
         "packed": packed_logprobs(student, samples),
         "misplaced": misplaced(student, samples),
     }
-    export._SHARD_BYTES = 30_000 if kind == "llama" else 10_000_000
-    export.export_hf(student, work / kind, work / f"{kind}-{layout}")
-    if kind in ("llama", "qwen2"):
+    export.export_hf(student, work / kind, work / f"{kind}-{layout}", 30_000 if kind == "llama" else export.SHARD_BYTES)
+    if kind in SCORED_ONLY:
         return result
     result["refused"] = refused(student, samples)
     for split, parts in splits(samples).items():
