@@ -59,7 +59,7 @@ async def coordinate(run: RunDirectory) -> None:
         engine = RolloutEngine(client, tokenizer, attempts, top_k, seed)
         clients = {domain: await _client(stack, url, config) for domain, url in endpoints.teachers.items()}
         reference = await _client(stack, endpoints.reference, config) if endpoints.reference else None
-        verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+        verifiers = VerifierPool(config.verifiers)
         stack.push_async_callback(verifiers.close)
         loop = Loop(
             config=config,

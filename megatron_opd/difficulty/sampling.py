@@ -43,7 +43,7 @@ async def sample_all(
             limits = config.engine
             client = SGLangClient(url, timeout_s=limits.request_timeout_s, max_concurrency=limits.max_concurrency)
             stack.push_async_callback(client.close)
-            verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+            verifiers = VerifierPool(config.verifiers)
             stack.push_async_callback(verifiers.close)
             if server is None:
                 console.attached(url)
@@ -115,7 +115,7 @@ async def _sample(config: Config, prompt: Prompt, engine: RolloutEngine, verifie
             got=f"weight versions {sorted(versions)}",
             expected="one version",
         )
-    verdicts = await asyncio.gather(*(verifiers.verify(prompt.domain, r.text, prompt.answer) for r in rollouts))
+    verdicts = await asyncio.gather(*(verifiers.verify(prompt, r.text) for r in rollouts))
     return Sampled(
         id=prompt.id,
         outcomes=[int(verdict.outcome) for verdict in verdicts],

@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from megatron_opd.errors import ConfigError
+
 TOKEN = "OPD_TOKEN"  # bearer token of the coordinator; made anew for each run, never written to a file
 
 
@@ -17,6 +19,14 @@ def new_token() -> str:
 def token() -> str:
     """The bearer token that this process was started with."""
     return os.environ[TOKEN]
+
+
+def named_secret(name: str) -> str:
+    """The value of an environment variable that the config names. Raises ConfigError if it is not set."""
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError("An environment variable is not set", where=name, fix=f"export {name}=... before the start")
+    return value
 
 
 def rank() -> int:

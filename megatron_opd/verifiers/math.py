@@ -1,13 +1,14 @@
 r"""Mathematical answers: Math-Verify on the last \boxed{} of the response against the reference.
 
-MathVerifier().verify(r"... so it is \boxed{\frac{1}{2}}", "0.5")         -> CORRECT, "equal"
-MathVerifier().verify(r"... so it is \boxed{17}", "9 + 9 = 18\n#### 18")  -> INCORRECT, "got 17, expected 18"
+verify(..., r"... so it is \boxed{\frac{1}{2}}", "0.5")         -> CORRECT, "equal"
+verify(..., r"... so it is \boxed{17}", "9 + 9 = 18\n#### 18")  -> INCORRECT, "got 17, expected 18"
 """
 
 from __future__ import annotations
 
 import logging
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.verifiers.base import Verdict, clip, correct, incorrect, unknown
 
 BOX = r"\boxed{"
@@ -17,14 +18,14 @@ LONGEST_ANSWER = 2000  # characters; sympy takes minutes for what nobody meant a
 class MathVerifier:
     """Compares values, not spellings: 0.5, 1/2 and \\frac{1}{2} are equal."""
 
-    def __init__(self, time_limit_s: float = 0.0) -> None:
+    def __init__(self, config: VerifierConfig) -> None:
         """Import Math-Verify. The time limit is the pool's to keep: only a kill ends a loop inside sympy."""
         import math_verify
 
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timers are off
         self._parse, self._compare = math_verify.parse, math_verify.verify
 
-    def verify(self, response: str, reference: str) -> Verdict:
+    def verify(self, prompt: str, response: str, reference: str) -> Verdict:
         """CORRECT if the last box equals the reference; UNKNOWN if Math-Verify crashes on either."""
         answer, expected = last_box(response), reference_answer(reference)
         if answer is None:
