@@ -85,7 +85,14 @@ def _check_value(row: list, output: object) -> str:
         value, equal = same_value(content, output)
     except (ValueError, TypeError, RecursionError):  # only code that found the channel sends what is not a value
         return "unreadable answer"
-    return "" if equal else f"got {clip(repr(value), 60)}, expected {clip(repr(output), 60)}"
+    return "" if equal else f"got {_show(value)}, expected {_show(output)}"
+
+
+def _show(value: object) -> str:
+    try:
+        return clip(repr(value), 60)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return "a value that is too large to show"
 
 
 def _check_program(row: list, output: str) -> str:

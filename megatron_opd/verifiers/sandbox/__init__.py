@@ -12,6 +12,6 @@ What holds at every level, because the process of the response never has what it
 """
 
 from megatron_opd.verifiers.sandbox.levels import LEVELS, Level, Probe, choose, probes
-from megatron_opd.verifiers.sandbox.run import FILE_BYTES, Request, Run, run
+from megatron_opd.verifiers.sandbox.process import FILE_BYTES, Request, Run, run
 
 __all__ = ["FILE_BYTES", "LEVELS", "Level", "Probe", "Request", "Run", "choose", "probes", "run"]

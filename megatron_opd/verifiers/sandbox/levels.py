@@ -19,7 +19,7 @@ from functools import cache
 from typing import get_args
 
 from megatron_opd.errors import ProcessError
-from megatron_opd.verifiers.sandbox.run import Level, Request, run
+from megatron_opd.verifiers.sandbox.process import Level, Request, run
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 PROBE_LIMIT_S = 30.0  # a busy machine must not pass for a weak one

@@ -2,13 +2,14 @@ import json
 
 import pytest
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.records import Outcome
 from megatron_opd.verifiers.math import MathVerifier, last_box, reference_answer
 
 
 @pytest.fixture(scope="module")
 def verifier() -> MathVerifier:
-    return MathVerifier()
+    return MathVerifier(VerifierConfig())
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def verifier() -> MathVerifier:
     ],
 )
 def test_equal_values_in_other_forms(verifier, answer, reference):
-    verdict = verifier.verify(rf"So it is \boxed{{{answer}}}.", reference)
+    verdict = verifier.verify("", rf"So it is \boxed{{{answer}}}.", reference)
     assert (verdict.outcome, verdict.reason) == (Outcome.CORRECT, "equal")
 
 
@@ -55,7 +56,7 @@ def test_equal_values_in_other_forms(verifier, answer, reference):
     ],
 )
 def test_other_values(verifier, answer, reference):
-    verdict = verifier.verify(rf"So it is \boxed{{{answer}}}.", reference)
+    verdict = verifier.verify("", rf"So it is \boxed{{{answer}}}.", reference)
     assert verdict.outcome is Outcome.INCORRECT
     assert verdict.reason == f"got {answer}, expected {reference}"
 
@@ -72,13 +73,13 @@ def test_other_values(verifier, answer, reference):
     ],
 )
 def test_no_usable_box(verifier, response, reason):
-    verdict = verifier.verify(response, "18")
+    verdict = verifier.verify("", response, "18")
     assert (verdict.outcome, verdict.reason) == (Outcome.INCORRECT, reason)
 
 
 def test_the_last_box_counts(verifier):
-    assert verifier.verify(r"\boxed{17}, no: \boxed{18}", "18").outcome is Outcome.CORRECT
-    assert verifier.verify(r"\boxed{18}, no: \boxed{17}", "18").outcome is Outcome.INCORRECT
+    assert verifier.verify("", r"\boxed{17}, no: \boxed{18}", "18").outcome is Outcome.CORRECT
+    assert verifier.verify("", r"\boxed{18}, no: \boxed{17}", "18").outcome is Outcome.INCORRECT
 
 
 def test_a_crash_of_math_verify_is_unknown(verifier, monkeypatch):
@@ -86,12 +87,12 @@ def test_a_crash_of_math_verify_is_unknown(verifier, monkeypatch):
         raise RecursionError("too deep")
 
     monkeypatch.setattr(verifier, "_compare", crash)
-    verdict = verifier.verify(r"\boxed{17}", "18")
+    verdict = verifier.verify("", r"\boxed{17}", "18")
     assert (verdict.outcome, verdict.reason) == (Outcome.UNKNOWN, "Math-Verify failed: RecursionError: too deep")
 
 
 def test_a_reference_without_mathematics_is_unknown(verifier):
-    verdict = verifier.verify(r"\boxed{17}", "#### ")
+    verdict = verifier.verify("", r"\boxed{17}", "#### ")
     assert (verdict.outcome, verdict.reason) == (Outcome.UNKNOWN, "the reference is not mathematics: ")
 
 
@@ -122,10 +123,10 @@ def test_gsm8k(verifier, gsm8k):
     assert len(references) == 50
     refused = 0
     for number, (answer, reference) in enumerate(zip(answers, references, strict=True)):
-        assert verifier.verify(rf"\boxed{{{answer}}}", reference).outcome is Outcome.CORRECT
-        assert verifier.verify(rf"\boxed{{{answer}.0}}", reference).outcome is Outcome.CORRECT
+        assert verifier.verify("", rf"\boxed{{{answer}}}", reference).outcome is Outcome.CORRECT
+        assert verifier.verify("", rf"\boxed{{{answer}.0}}", reference).outcome is Outcome.CORRECT
         neighbour = answers[number - 1]
         if neighbour != answer:
-            assert verifier.verify(rf"\boxed{{{neighbour}}}", reference).outcome is Outcome.INCORRECT
+            assert verifier.verify("", rf"\boxed{{{neighbour}}}", reference).outcome is Outcome.INCORRECT
             refused += 1
     assert refused > 40

@@ -67,7 +67,8 @@ class Child:
             self.gone = "unreadable answer"
         if len(line) >= self.limit:
             self.gone = f"an answer of more than {self.limit} bytes"
-        self.gone = self.gone or how_it_ended(os.waitpid(self.pid, 0)[1])
+        if not self.gone:
+            self.gone = how_it_ended(os.waitpid(self.pid, 0)[1])
         raise Gone(self.gone)
 
     def call(self, name: str, arguments: object, options: object) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _posixsubprocess
 import _thread
 import atexit
 import json
@@ -15,10 +16,6 @@ import confine
 import plain
 
 TASKS = 8  # processes and threads of the sandbox's user
-FORBIDDEN = frozenset(
-    "os.fork os.forkpty os.posix_spawn os.exec os.system subprocess.Popen pty.spawn "
-    "os.kill os.killpg signal.pthread_kill socket.__new__ ctypes.dlopen ctypes.dlsym".split()
-)
 
 
 def serve(request: dict, calls: int, replies: int) -> None:
@@ -103,7 +100,9 @@ def settle(request: dict, keep: set[int], keep_stdin: bool = False) -> None:
     confine.call("prctl", confine.PR_SET_PDEATHSIG, signal.SIGKILL)
     confine.set_limits(request["cpu_s"], request["memory_bytes"], request["file_bytes"])
     confine.limit_tasks(TASKS if request["threads"] else 0)
-    sys.modules["_posixsubprocess"] = None  # starts processes without an audit event
+    for name in [name for name in sys.modules if "ctypes" in name]:
+        sys.modules[name] = None  # this process has loaded it before the hook
+    _posixsubprocess.fork_exec = refuse_process
     if not request["threads"]:
         _thread.start_new_thread = refuse_thread
     for name in ("confine", "plain", "untrusted", "runner", "__main__"):
@@ -111,15 +110,27 @@ def settle(request: dict, keep: set[int], keep_stdin: bool = False) -> None:
     sys.addaudithook(refuse)
 
 
-def refuse(event: str, _arguments: tuple) -> None:
-    """Audit hook: raise in the caller's face."""
-    if event in FORBIDDEN:
+def refuse(event: str, arguments: tuple) -> None:
+    """Audit hook: raise in the caller's face. The names are constants of its code, which nobody may exchange."""
+    if event == "object.__setattr__" and arguments[1] == "__code__":
+        raise PermissionError("to exchange the code of a function is not allowed")
+    # fmt: off
+    if event in (
+        "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system", "subprocess.Popen", "pty.spawn",
+        "os.kill", "os.killpg", "signal.pthread_kill", "socket.__new__", "ctypes.dlopen", "ctypes.dlsym",
+    ):
         raise PermissionError(f"{event} is not allowed")
+    # fmt: on
 
 
 def refuse_thread(*_arguments: object) -> None:
     """Stands in for ``_thread.start_new_thread`` where the kernel does not count the threads of this user."""
     raise PermissionError("threads are not allowed")
+
+
+def refuse_process(*_arguments: object) -> None:
+    """Stands in for ``_posixsubprocess.fork_exec``, which starts processes without an audit event."""
+    raise PermissionError("processes are not allowed")
 
 
 def describe(error: BaseException) -> str:
