@@ -14,7 +14,8 @@ from megatron_opd.verifiers.final_answer import final_answer, tidy
 
 # A letter by itself or with the text of its choice after it: "B", "(b)", "B. the fox", "option B". "A and B" is none.
 LETTER = re.compile(
-    r"(?:(?:the )?(?:option|choice) )?(?:[(\[]([A-Z])[)\]]|([A-Z]))(?:[).:]?|[).:]? ?[-:] .+|[).:] .+)", re.I
+    r"(?:(?:the )?(?:option|choice) )?(?:[(\[]([A-Z])[)\]](?:[.:]? .+|[.:]?)|([A-Z])(?:[).:] .+| [-:] .+|[).:]?))",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
