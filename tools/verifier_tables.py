@@ -10,7 +10,6 @@ import asyncio
 import gzip
 import json
 import os
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -51,22 +50,14 @@ OFTEN = [
     ("import os\nos.abort()", PRINTED, 0),
     ("def f(xs): raise StopIteration", ASSERTED, 0),
     ("class Same:\n    def __eq__(self, other): return True\ndef f(xs): return Same()", ASSERTED, 0),
-    (
-        "import os\ndef f(xs):\n    for d in range(64):\n        try: os.write(d, b'[1, 2')\n        except OSError: pass",
-        SUM,
-        0,
-    ),
+    ("import os\nfor d in range(64):\n    try: os.write(d, b'[1, 2')\n    except OSError: pass", SUM, 0),
     ("def f(xs): return [0] * 10**9", SUM, 0),
     ("while True: print('x' * 10**6)", PRINTED, 0),
     ("import os\ndef f(xs):\n    while True: os.fork()", SUM, 0),
 ]
 RARE = [
     ("def f(xs):\n    while True: pass", ASSERTED, 0),
-    (
-        "import threading, time\ndef f(xs):\n    while True: threading.Thread(target=time.sleep, args=(9,)).start()",
-        SUM,
-        0,
-    ),
+    ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()", SUM, 0),
     ("import time\ntime.sleep(99)", PRINTED, 0),
 ]
 HANG = r"\boxed{9^{9^{9^{9}}}}"  # of Math-Verify: only a kill of the worker ends it
@@ -88,8 +79,13 @@ class Measured:
 
     outcomes: Counter
     mistakes: list[tuple[Case, str]]
-    wall_s: float
-    cpu_s: float  # of all processes of the pool, their start included
+    wall_s: float  # without the first cases, one for each worker: they start it
+    cpu_s: float  # of all processes of the pool
+
+
+def cpu_seconds() -> float:
+    """Of all living descendants and of the children that they waited for."""
+    return sum(sum(child.cpu_times()[:4]) for child in psutil.Process().children(recursive=True))
 
 
 async def measure(config: VerifierConfig, cases: Sequence[Case]) -> Measured:
@@ -105,15 +101,11 @@ async def measure(config: VerifierConfig, cases: Sequence[Case]) -> Measured:
         if verdict.outcome != case.expected:
             mistakes.append((case, verdict.reason))
 
-    warm = [verify(case) for case in cases[: config.workers]]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    await asyncio.gather(*warm)
-    began = time.monotonic()
+    await asyncio.gather(*(verify(case) for case in cases[: config.workers]))  # starts the workers
+    began, used = time.monotonic(), cpu_seconds()
     await asyncio.gather(*(verify(case) for case in cases[config.workers :]))
-    wall_s = time.monotonic() - began
+    wall_s, cpu_s = time.monotonic() - began, cpu_seconds() - used
     await pool.close()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Measured(outcomes, mistakes, wall_s, cpu_s)
 
 
@@ -157,10 +149,10 @@ def against_neighbour(path: Path, form: str) -> list[Case]:
 
 
 def row(name: str, measured: Measured) -> str:
-    """One line of a table. The first cases, one for each worker, are not timed: they start it."""
+    """One line of a table."""
     counts = [str(measured.outcomes[kind]) for kind in (Outcome.CORRECT, Outcome.INCORRECT, Outcome.UNKNOWN)]
     total = measured.outcomes.total()
-    speed = f"{total / measured.wall_s:.0f} | {1000 * measured.cpu_s / total:.0f}"
+    speed = f"{total / measured.wall_s:.0f} | {1000 * measured.cpu_s / total:.1f}"
     return f"| {name} | {total} | {' | '.join(counts)} | {len(measured.mistakes)} | {speed} |"
 
 
@@ -206,9 +198,9 @@ def soak(runs: int, config: VerifierConfig) -> None:
     measured = asyncio.run(measure(config, soak_cases(runs)))
     processes = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
     after = (len(os.listdir("/proc/self/fd")), folders())
-    print("| runs | correct | incorrect | unknown | not as expected | per second | CPU ms each |")
-    print("|---|---|---|---|---|---|---|")
-    print(row("", measured).removeprefix("|  "))
+    counts = [measured.outcomes[kind] for kind in (Outcome.CORRECT, Outcome.INCORRECT, Outcome.UNKNOWN)]
+    print("| runs | correct | incorrect | unknown | not as expected | seconds |\n|---|---|---|---|---|---|")
+    print(f"| {' | '.join(map(str, [runs, *counts, len(measured.mistakes), round(measured.wall_s)]))} |")
     print(f"\nLeft: {len(processes)} processes, {after[0] - before[0]} descriptors, {after[1] - before[1]} folders.")
     for case, reason in measured.mistakes[:20]:
         print(f"    {case.response[-120:]!r}: {reason}")

@@ -27,7 +27,7 @@ class CodeVerifier:
 
     def __init__(self, config: VerifierConfig) -> None:
         """Find the level of the sandbox. Raises ProcessError if the wanted one does not work here."""
-        self._level = sandbox.choose(config.sandbox)
+        self._sandbox = sandbox.Sandbox(sandbox.choose(config.sandbox))
         self._time_limit_s = own_limit_s(config)  # wall time of all tests of one response together
 
     def verify(self, prompt: str, response: str, reference: str) -> Verdict:
@@ -40,7 +40,7 @@ class CodeVerifier:
         if source is None:
             return incorrect("no fenced block found")
         try:
-            run = sandbox.run(tests.of(source), self._level, self._time_limit_s)
+            run = self._sandbox.run(tests.of(source), self._time_limit_s)
         except ProcessError as error:
             return unknown(clip(f"{error.what}: {error.got}"))
         return judge(run, tests)

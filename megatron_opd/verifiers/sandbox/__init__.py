@@ -7,11 +7,11 @@ What holds at every level, because the process of the response never has what it
   tests as copies of plain built-in types: no ``__eq__`` trick, patched module, exit or print decides anything there.
 * A process that ends, hangs or breaks the protocol has failed, whatever was written before.
 
-    sandbox.run(Request("calls", source="def f(x): return x + 1", fn_name="f", inputs=[[1]]), "namespaces", 4.0)
+    Sandbox("namespaces").run(Request("calls", source="def f(x): return x + 1", fn_name="f", inputs=[[1]]), 4.0)
     -> Run(rows=[["value", 2]], end="exited with code 0")
 """
 
 from megatron_opd.verifiers.sandbox.levels import LEVELS, Level, Probe, choose, probes
-from megatron_opd.verifiers.sandbox.process import FILE_BYTES, Request, Run, run
+from megatron_opd.verifiers.sandbox.process import FILE_BYTES, Request, Run, Sandbox
 
-__all__ = ["FILE_BYTES", "LEVELS", "Level", "Probe", "Request", "Run", "choose", "probes", "run"]
+__all__ = ["FILE_BYTES", "LEVELS", "Level", "Probe", "Request", "Run", "Sandbox", "choose", "probes"]

@@ -19,7 +19,7 @@ from functools import cache
 from typing import get_args
 
 from megatron_opd.errors import ProcessError
-from megatron_opd.verifiers.sandbox.process import Level, Request, run
+from megatron_opd.verifiers.sandbox.process import Level, Request, Sandbox
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 PROBE_LIMIT_S = 30.0  # a busy machine must not pass for a weak one
@@ -38,7 +38,7 @@ class Probe:
 def probe(level: Level) -> Probe:
     """Try one level by calling a function in it."""
     try:
-        rows = run(Request("calls", "def f(x): return x + 1", [[1]], "f"), level, PROBE_LIMIT_S).rows
+        rows = Sandbox(level).run(Request("calls", "def f(x): return x + 1", [[1]], "f"), PROBE_LIMIT_S).rows
     except ProcessError as error:
         return Probe(level, False, " ".join(str(error.got).split()[-20:]))
     return Probe(level, rows == [["value", 2]], "" if rows == [["value", 2]] else f"it answered {rows}")

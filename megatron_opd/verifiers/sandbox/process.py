@@ -1,24 +1,27 @@
-"""Starts one sandbox, waits for it, ends it and reads what it wrote."""
+"""Starts sandboxes and reads what they wrote."""
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import weakref
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Literal
 
 from megatron_opd.errors import ProcessError
 
 Level = Literal["bubblewrap", "namespaces", "limits"]
-RUNNER = Path(__file__).with_name("inside") / "runner.py"
+INSIDE = Path(__file__).with_name("inside")
+PYTHON_OPTIONS = ["-I", "-S", "-X", "utf8"]  # -I and -S: no file of the user is imported
+BARE = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1"}  # no environment variable of ours
 MEMORY_BYTES = 512 << 20  # address space of one process
 FILE_BYTES = 4 << 20  # largest file or answer
 ANSWER_BYTES = 64 << 20  # all answers together
@@ -47,43 +50,105 @@ class Run:
     end: str
 
 
-def run(request: Request, level: Level, time_limit_s: float) -> Run:
-    """Run it within ``time_limit_s`` of wall time.
+class Sandbox:
+    """Runs requests one after the other, each in a fresh process. Started at the first one; closed when collected."""
 
-    Raises ProcessError if the sandbox itself fails; whatever the response does to itself is part of the Run.
-    """
-    public = asdict(request) | {
-        "cpu_s": int(time_limit_s) + 1,
-        "memory_bytes": MEMORY_BYTES,
-        "file_bytes": FILE_BYTES,
-        "answer_bytes": ANSWER_BYTES,
-        "scratch_bytes": SCRATCH_BYTES,
-        "threads": level != "limits",
-        "packages": sysconfig.get_path("purelib"),
+    def __init__(self, level: Level) -> None:
+        self.level = level
+        self._server: _Server | None = None
+
+    def run(self, request: Request, time_limit_s: float) -> Run:
+        """Run it within ``time_limit_s`` of wall time.
+
+        Raises ProcessError if the sandbox itself fails; whatever the response does to itself is part of the Run.
+        """
+        public = asdict(request) | {
+            "cpu_s": int(time_limit_s) + 1,
+            "memory_bytes": MEMORY_BYTES,
+            "file_bytes": FILE_BYTES,
+            "answer_bytes": ANSWER_BYTES,
+            "scratch_bytes": SCRATCH_BYTES,
+            "threads": self.level != "limits",
+            "packages": sysconfig.get_path("purelib"),
+        }
+        secret = {"tests": public.pop("tests")}
+        first = json.dumps(public).encode()
+        try:
+            with (
+                tempfile.TemporaryDirectory(prefix="opd-code-", ignore_cleanup_errors=True) as folder,
+                tempfile.TemporaryFile() as stdin,
+                tempfile.TemporaryFile() as answers,
+                tempfile.TemporaryFile() as log,
+            ):
+                stdin.write(first + json.dumps(secret).encode())
+                stdin.flush()
+                end = self._carry_out(order(self.level, len(first), folder, time_limit_s), (stdin, answers, log))
+                return _read(answers, log, end)
+        except OSError as error:
+            raise ProcessError("The sandbox cannot run", got=error) from error
+
+    def _carry_out(self, task: dict, files: tuple[IO[bytes], ...]) -> str:
+        """How the sandbox ended. Raises OSError or ProcessError."""
+        if self._server is None:
+            self._server = _Server()
+        end = self._server.carry_out(task, files)
+        if end is None:
+            self._server = None  # the next run starts another
+            raise ProcessError("The sandbox cannot run", got="the process that starts it has died")
+        return end
+
+
+class _Server:
+    """The process of ``inside/server.py``."""
+
+    def __init__(self) -> None:
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = [str(theirs.fileno()), str(os.getpid())]
+        command = [python(), *PYTHON_OPTIONS, str(INSIDE / "server.py"), *arguments]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=BARE, pass_fds=[theirs.fileno()]
+            )
+        self._socket = mine
+        weakref.finalize(self, _close, mine, self._process)
+
+    def carry_out(self, task: dict, files: tuple[IO[bytes], ...]) -> str | None:
+        """How the sandbox ended; None if this process has died."""
+        try:
+            socket.send_fds(self._socket, [json.dumps(task).encode()], [file.fileno() for file in files])
+            reply = self._socket.recv(4096)
+        except (BrokenPipeError, ConnectionResetError):
+            return None
+        return json.loads(reply) if reply else None
+
+
+def _close(connection: socket.socket, process: subprocess.Popen) -> None:
+    connection.close()  # the server reads the end, and ends
+    process.wait()
+
+
+def python() -> str:
+    """The interpreter itself, not a link to it from a virtual environment."""
+    return os.path.realpath(sys.executable)
+
+
+def order(level: Level, size: int, folder: str, time_limit_s: float) -> dict:
+    """What the server needs. ``size``: bytes of the public part of descriptor 0; ``folder``: empty, deleted later."""
+    home = folder if level == "limits" else HOME
+    visible = visible_paths() if level != "limits" else []
+    return {
+        "level": level,
+        "size": size,
+        "folder": folder,
+        "time_limit_s": time_limit_s,
+        "environment": {"HOME": home, "TMPDIR": home},
+        "visible": visible,
+        "command": bubblewrap(size, visible) if level == "bubblewrap" else None,
     }
-    secret = {"tests": public.pop("tests")}
-    first = json.dumps(public).encode()
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="opd-code-", ignore_cleanup_errors=True) as folder,
-            tempfile.TemporaryFile() as stdin,
-            tempfile.TemporaryFile() as answers,
-            tempfile.TemporaryFile() as log,
-        ):
-            stdin.write(first + json.dumps(secret).encode())
-            stdin.flush()
-            end = _run_to_end(level, len(first), folder, (stdin, answers, log), time_limit_s)
-            return _read(answers, log, end)
-    except OSError as error:
-        raise ProcessError("The sandbox cannot run", got=error) from error
 
 
-def command(level: Level, size: int, folder: str) -> list[str]:
-    """The command line. ``size``: bytes of the public part of descriptor 0; ``folder``: empty, deleted afterwards."""
-    visible = visible_paths()
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", str(RUNNER), level, str(size), folder]
-    if level != "bubblewrap":
-        return [*python, *visible]
+def bubblewrap(size: int, visible: list[str]) -> list[str]:
+    """The command line of bwrap. Raises ProcessError where it cannot be used."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise ProcessError("The sandbox cannot run", got="no bwrap on the PATH", fix="install bubblewrap")
@@ -95,50 +160,20 @@ def command(level: Level, size: int, folder: str) -> list[str]:
         options += ["--ro-bind", path, path]
     for name in ("null", "zero", "urandom", "random"):
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    return [bwrap, *options, "--dir", HOME, "--remount-ro", "/", "--chdir", HOME, *python]
+    command = [python(), *PYTHON_OPTIONS, str(INSIDE / "runner.py"), "bubblewrap", str(size), HOME]
+    return [bwrap, *options, "--dir", HOME, "--remount-ro", "/", "--chdir", HOME, *command]
 
 
+@cache
 def visible_paths() -> list[str]:
     """What a sandbox with its own file system can read: the system's libraries, Python and its packages, the runner."""
-    wanted = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("purelib"), str(RUNNER.parent)]
+    wanted = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("purelib"), str(INSIDE)]
     existing = sorted({path for path in wanted if os.path.exists(path)})
     kept: list[str] = []
     for path in existing:
         if not any(Path(path).is_relative_to(other) for other in kept):
             kept.append(path)
     return kept
-
-
-def _run_to_end(level: Level, size: int, folder: str, files: tuple[IO[bytes], ...], time_limit_s: float) -> str:
-    """Run the process, kill all of its group and tell how it ended."""
-    stdin, answers, log = files
-    home = folder if level == "limits" else HOME
-    environment = {"PATH": os.defpath, "HOME": home, "TMPDIR": home, "OPENBLAS_NUM_THREADS": "1"}
-    argv = command(level, size, folder)
-    process = subprocess.Popen(
-        argv, stdin=stdin, stdout=answers, stderr=log, cwd=folder, env=environment, start_new_session=True
-    )
-    try:
-        in_time = _wait(process, time_limit_s)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
-        code = process.wait()
-    if not in_time:
-        return f"timed out after {time_limit_s:g} s"
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    return f"exited with code {code}"
-
-
-def _wait(process: subprocess.Popen, seconds: float) -> bool:
-    """Wait for the end without reaping; False if it takes longer."""
-    descriptor = os.pidfd_open(process.pid)
-    try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    finally:
-        os.close(descriptor)
 
 
 def _read(answers: IO[bytes], log: IO[bytes], end: str) -> Run:

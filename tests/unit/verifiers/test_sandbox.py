@@ -254,7 +254,7 @@ def test_the_kernel_holds_without_the_rules_of_python(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         python = os.path.realpath(sys.executable)
-        inside = str(process.RUNNER.parent)
+        inside = str(process.INSIDE)
         command = [python, "-I", "-S", "-c", UNRULED, inside, str(tmp_path), port, *process.visible_paths()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         server.settimeout(0.1)
@@ -279,10 +279,9 @@ def test_nothing_is_left_behind(level, monkeypatch, tmp_path):
 
 def test_a_sandbox_that_does_not_start_is_unknown(monkeypatch):
     verifier = CodeVerifier(VerifierConfig())
-    monkeypatch.setattr(process, "RUNNER", Path("/nowhere/runner.py"))
+    monkeypatch.setattr(process, "INSIDE", Path("/nowhere"))
     found = verifier.verify("", "```\nx\n```", json.dumps(FORMS["calls"]))
-    assert found.outcome is Outcome.UNKNOWN
-    assert found.reason.startswith("The sandbox did not start: exited with code 2")
+    assert found == Verdict(Outcome.UNKNOWN, "The sandbox cannot run: the process that starts it has died")
     monkeypatch.setattr(process.sys, "executable", "/nowhere/python")
     found = verifier.verify("", "```\nx\n```", json.dumps(FORMS["calls"]))
     assert found.reason.startswith("The sandbox cannot run: [Errno 2]")
@@ -305,6 +304,6 @@ def test_root_becomes_a_user_who_owns_nothing(tmp_path):
     code = "import os, sys\nsys.path.insert(0, sys.argv[1])\nimport confine\nconfine.leave_root()\n"
     code += "own = confine.FIRST_USER + os.getpid()\n"
     code += "print(os.getuid() in (own, confine.NOBODY), os.getuid() == os.getgid(), os.getgroups())"
-    command = [str(python), "-I", "-S", "-c", code, str(process.RUNNER.parent)]
+    command = [str(python), "-I", "-S", "-c", code, str(process.INSIDE)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={}, check=True)
     assert done.stdout == "True True []\n"

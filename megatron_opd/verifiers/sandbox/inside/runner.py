@@ -1,4 +1,4 @@
-"""The sandbox's own process: started by path, ``python -I -S runner.py LEVEL BYTES FOLDER VISIBLE...``.
+"""The sandbox's own process: forked by ``server``, or started by path, ``python -I -S runner.py LEVEL BYTES FOLDER``.
 
 Descriptor 0 is a file: BYTES of JSON that the response may know, then JSON that it may not. Rows of JSON go to
 descriptor 1, ``["ready"]`` first; prints go to descriptor 2. The response runs in children of this process, which are
@@ -198,5 +198,5 @@ def main(level: str, size: int, folder: str, visible: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], [])
     os._exit(0)
