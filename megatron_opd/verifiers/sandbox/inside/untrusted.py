@@ -105,7 +105,7 @@ def settle(request: dict, keep: set[int], keep_stdin: bool = False) -> None:
     _posixsubprocess.fork_exec = refuse_process
     if not request["threads"]:
         _thread.start_new_thread = refuse_thread
-    for name in ("confine", "plain", "untrusted", "runner", "server", "socket", "__main__"):
+    for name in ("confine", "plain", "untrusted", "runner", "forker", "socket", "__main__"):
         sys.modules.pop(name, None)
     sys.addaudithook(refuse)
 

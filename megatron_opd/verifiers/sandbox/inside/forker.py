@@ -1,4 +1,4 @@
-"""Forks one sandbox for each request, which costs a third of starting Python: ``python -I -S server.py SOCKET``.
+"""Forks one sandbox for each request, which costs a third of starting Python: ``python -I -S forker.py SOCKET``.
 
 SOCKET is a descriptor of a stream of packets. A packet is a JSON of ``Order`` and carries three descriptors, for the
 sandbox's 0 to 2; the answer is a JSON text that tells how the sandbox ended. Nothing of any response or test is ever
