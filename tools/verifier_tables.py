@@ -53,11 +53,11 @@ OFTEN = [
     ("import os\nfor d in range(64):\n    try: os.write(d, b'[1, 2')\n    except OSError: pass", SUM, 0),
     ("def f(xs): return [0] * 10**9", SUM, 0),
     ("while True: print('x' * 10**6)", PRINTED, 0),
-    ("import os\ndef f(xs):\n    while True: os.fork()", SUM, 0),
+    ("import os\nfor _ in range(100): os.fork() or os.abort()", SUM, 0),
 ]
 RARE = [
     ("def f(xs):\n    while True: pass", ASSERTED, 0),
-    ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()", SUM, 0),
+    ("import threading, time\nfor _ in range(1000): threading.Thread(target=time.sleep, args=(9,)).start()", SUM, 0),
     ("import time\ntime.sleep(99)", PRINTED, 0),
 ]
 HANG = r"\boxed{9^{9^{9^{9}}}}"  # of Math-Verify: only a kill of the worker ends it

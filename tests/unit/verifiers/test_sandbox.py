@@ -96,7 +96,12 @@ CHEATS = {
 }
 # What a response may try against the machine; all end as failures, and nothing is left of them.
 BOMBS = {
-    "forks": "import os\ndef f(x):\n    while True: os.fork()",
+    "forks": """
+        import os, time
+        def f(x):
+            for _ in range(100):  # a defect of the sandbox must not take the tests' machine down
+                if os.fork() == 0: time.sleep(60)
+            return x + 1""",
     "output": "def f(x):\n    while True: print('x' * 10000, flush=True)",
     "memory": "def f(x):\n    y = [0] * 10**7\n    while True: y = y + y",
     "endless": "def f(x):\n    while True: pass",
@@ -104,7 +109,8 @@ BOMBS = {
     "threads": """
         import threading, time
         def f(x):
-            while True: threading.Thread(target=time.sleep, args=(60,)).start()""",
+            for _ in range(1000): threading.Thread(target=time.sleep, args=(60,)).start()
+            return x + 1""",
     "big answer": "def f(x): return 'x' * 10**8",
     "deep answer": "def f(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y",
     "huge number": "def f(x): return 10**(10**6)",
@@ -234,10 +240,11 @@ def tried(action):
 def forks():
     count = 0
     try:
-        while True:
+        while count < 50:  # a defect must not take the machine down
             if os.fork() == 0: time.sleep(60)
             count += 1
-    except OSError: return count
+    except OSError: pass
+    return count
 connect = lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), timeout=2)
 print([os.getpid(), tried(connect), tried(lambda: os.kill(-1, 9))])
 print([tried(lambda: os.setuid(0)), tried(lambda: open("/proc/self/environ")), tried(lambda: os.mkdir("/x"))])
