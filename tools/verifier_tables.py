@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,11 @@ class Measured:
 
 def cpu_seconds() -> float:
     """Of all living descendants and of the children that they waited for."""
-    return sum(sum(child.cpu_times()[:4]) for child in psutil.Process().children(recursive=True))
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a sandbox that has just ended; its forker counts it
+            total += sum(child.cpu_times()[:4])
+    return total
 
 
 async def measure(config: VerifierConfig, cases: Sequence[Case]) -> Measured:

@@ -22,7 +22,8 @@ from megatron_opd.verifiers.sandbox import levels, process
 FORMS = {
     "calls": {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 3]},
     "assertions": {"test": "def check(f):\n    assert f(1) == 2\n    assert f(2) == 3", "entry_point": "f"},
-    "bare": {"test_list": ["assert f(1) == 2", "assert all(f(x) == x + 1 for x in range(5))"]},
+    "bare": {"test_list": ["assert all(f(x) == x + 1 for x in range(1, 5))"]},
+    "tolerance": {"test": "assert abs(f(1) - 2) < 1e-6"},
     "loop": {"test": "for got, x in zip(map(f, [1, 2]), [1, 2]):\n    assert got == x + 1"},
     "program": {"inputs": ["1", "2"], "outputs": ["2", "3"]},
 }
@@ -57,7 +58,7 @@ CHEATS = {
         builtins.zip = lambda *xs: ()
         builtins.range = lambda *xs: ()
         def f(x): return 41""",
-    "names of builtins": "def all(xs): return True\ndef zip(*xs): return ()\nmap = zip\ndef f(x): return 41",
+    "names of builtins": "def abs(x): return 0\ndef zip(*xs): return ()\nmap = zip\ndef f(x): return 41",
     "own check": "def check(f): pass\ndef candidate(x): return x + 1\ndef f(x): return 41",
     "patched json": 'import json\njson.dumps = lambda row: \'["passed", ""]\'\ndef f(x): return 41',
     "patched writer": """
@@ -137,6 +138,13 @@ def test_the_right_answer_passes(level, form):
 def test_no_cheat_passes(cheat):
     for form, reference in FORMS.items():
         assert verdict(CHEATS[cheat], reference).outcome is Outcome.INCORRECT, form
+
+
+def test_a_process_that_ended_has_failed_even_if_the_test_forgives_everything():
+    forgiving = {"test": "try:\n    f(1)\nexcept BaseException:\n    pass"}
+    assert verdict("def f(x): raise KeyError", forgiving).outcome is Outcome.CORRECT
+    found = verdict("import os\ndef f(x): os._exit(0)", forgiving)
+    assert found == Verdict(Outcome.INCORRECT, "a test failed; exited with code 0 before it answered")
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
@@ -248,6 +256,7 @@ def forks():
 connect = lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), timeout=2)
 print([os.getpid(), tried(connect), tried(lambda: os.kill(-1, 9))])
 print([tried(lambda: os.setuid(0)), tried(lambda: open("/proc/self/environ")), tried(lambda: os.mkdir("/x"))])
+print(tried(lambda: open(sys.argv[-1] + "/x", "w")))
 print([tried(lambda: confine.call("mount", b"x", b"/tmp", b"tmpfs", 0, b"")), tried(lambda: os.chroot("/tmp"))])
 sys.stdout.flush()
 print(forks() < 8, flush=True)
@@ -257,11 +266,15 @@ os._exit(7)
 
 @pytest.mark.skipif("namespaces" not in WORKING, reason="this machine allows no namespaces")
 def test_the_kernel_holds_without_the_rules_of_python(tmp_path):
+    writable, root = tmp_path / "writable", tmp_path / "root"
+    for folder in (tmp_path, writable, root):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         python = os.path.realpath(sys.executable)
         inside = str(process.INSIDE)
-        command = [python, "-I", "-S", "-c", UNRULED, inside, str(tmp_path), port, *process.visible_paths()]
+        command = [python, "-I", "-S", "-c", UNRULED, inside, str(root), port, *process.visible_paths(), str(writable)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         server.settimeout(0.1)
         with pytest.raises(TimeoutError):
@@ -269,6 +282,7 @@ def test_the_kernel_holds_without_the_rules_of_python(tmp_path):
     assert done.stdout.splitlines() == [
         "[1, 'refused', 'refused']",
         "['refused', 'refused', 'refused']",
+        "refused",
         "['refused', 'refused']",
         "True",
     ], done.stderr
