@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import Port, PositiveFloat, PositiveInt, Real, Section
 from megatron_opd.config.recipe import LazyConfig
@@ -164,15 +164,44 @@ class DataConfig(Section):
     """Draw prompts by what is known of their difficulty; null draws each prompt equally often."""
 
 
+class JudgeConfig(Section):
+    """The language model that the verifier "judge" asks."""
+
+    url: str
+    """Address of a server with OpenAI's chat completions, without /v1."""
+    model: str
+    """Name of the model, as the server knows it."""
+    token_env: str | None = None
+    """Environment variable that holds the server's bearer token; null sends none."""
+    max_tokens: PositiveInt = 1024
+    """Most tokens of the judge's answer, which ends with its verdict."""
+
+
+VerifierKind = Literal["math", "code", "choice", "exact", "numeric", "chartqa", "anls", "ifeval", "judge", "none"]
+
+
 class VerifierConfig(Section):
     """How outcomes are decided: one verifier for each domain."""
 
-    kinds: dict[str, Literal["math", "code", "none"]] = {"math": "math", "code": "code"}
+    kinds: dict[str, VerifierKind] = {"math": "math", "code": "code"}
     """Domain to verifier; "none" answers unknown."""
     workers: PositiveInt = 1
     """Processes that verify."""
     timeout_s: PositiveFloat = 5.0
     """Longest time for one response; a verification that takes longer is unknown."""
+    sandbox: Literal["best", "bubblewrap", "namespaces", "limits"] = "best"
+    """How code is fenced in; "best" takes the strongest that works on this machine, any other must work."""
+    anls_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Similarity that an answer of the verifier "anls" must exceed."""
+    judge: JudgeConfig | None = None
+    """Server of the verifier "judge"; null where no domain uses it."""
+
+    @model_validator(mode="after")
+    def _judge_has_a_server(self) -> Self:
+        domains = sorted(domain for domain, kind in self.kinds.items() if kind == "judge")
+        if domains and self.judge is None:
+            raise ValueError(f"kinds.{domains[0]} is judge: set judge.url and judge.model")
+        return self
 
 
 class ScoringConfig(Section):

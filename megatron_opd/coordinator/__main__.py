@@ -67,7 +67,7 @@ async def coordinate(run: RunDirectory) -> None:
         logger.info("all servers answer: %s", endpoints)
         await _check_deterministic(servers, *teachers.pools, config=config)
         engine = RolloutEngine(servers, tokenizer, attempts, top_k, seed)
-        verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+        verifiers = VerifierPool(config.verifiers)
         stack.push_async_callback(verifiers.close)
         loop = Loop(
             config=config,

@@ -59,7 +59,7 @@ async def evaluate(
         rollouts = await engine.sample_group(
             prompt, 0, settings.samples_per_prompt, config.rollout.max_new_tokens, temperature=settings.temperature
         )
-        verdicts = await asyncio.gather(*(verifiers.verify(prompt.domain, r.text, prompt.answer) for r in rollouts))
+        verdicts = await asyncio.gather(*(verifiers.verify(prompt, r.text) for r in rollouts))
         outcomes = [verdict.outcome for verdict in verdicts]
         advance()
         return Graded(prompt, outcomes, sum(len(rollout.token_ids) for rollout in rollouts))

@@ -193,7 +193,7 @@ class Stages:
 
     async def verify(self, rollout: Rollout) -> Verified:
         """The rollout with its outcome."""
-        verdict = await self.verifiers.verify(rollout.prompt.domain, rollout.text, rollout.prompt.answer)
+        verdict = await self.verifiers.verify(rollout.prompt, rollout.text)
         return Verified(rollout, verdict.outcome, verdict.reason)
 
 

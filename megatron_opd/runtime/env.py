@@ -30,7 +30,8 @@ def secret(name: str) -> str:
     """The value of a variable that holds a key. Raises ConfigError, which names the variable, when there is none."""
     value = os.environ.get(name, "")
     if not value:
-        raise ConfigError("The environment lacks a key", where="api_key_env", got=f"{name} is empty or not set")
+        fix = f"export {name}=... before the start"
+        raise ConfigError("The environment lacks a key", where=name, got="empty or not set", fix=fix)
     return value
 
 

@@ -67,9 +67,9 @@ class SlowEngine:
 class InstantVerifiers:
     """One or two of four responses are right."""
 
-    async def verify(self, domain: str, response: str, reference: str) -> Verdict:
-        prompt, _, number = response.removeprefix("p").rpartition("-")
-        return Verdict(Outcome(int(int(number) % 4 <= int(prompt) % 2)), "as told")
+    async def verify(self, prompt: Prompt, response: str) -> Verdict:
+        parity, _, number = response.removeprefix("p").rpartition("-")
+        return Verdict(Outcome(int(int(number) % 4 <= int(parity) % 2)), "as told")
 
 
 class SlowTeachers:

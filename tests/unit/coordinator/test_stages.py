@@ -35,7 +35,7 @@ class FakeVerifiers:
 
     running = most = 0
 
-    async def verify(self, domain: str, response: str, reference: str) -> Verdict:
+    async def verify(self, prompt: Prompt, response: str) -> Verdict:
         self.running += 1
         self.most = max(self.most, self.running)
         await asyncio.sleep(0.01)
