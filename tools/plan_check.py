@@ -249,6 +249,8 @@ def make_batch() -> PackedBatch:
         advantages=ones,
         behaviour_logprobs=-7 * ones,
         weights=ones,
+        lags=np.zeros(len(tokens), np.int32),
+        slopes=ones,
         forward_weights=0 * ones,
         top_ids=none.astype(np.int64),
         top_logprobs=none.astype(np.float32),
