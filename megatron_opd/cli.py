@@ -51,7 +51,10 @@ def train(
             typer.echo("\n".join(dry_run(settings)))
             return
         summary = run_training(settings, console)
-        console.result(summary, settings.run_dir)
+        if summary is None:
+            console.paused(settings.run_dir)
+        else:
+            console.result(summary, settings.run_dir)
 
 
 @app.command()

@@ -138,7 +138,8 @@ class PackedBatch:
     """
 
     version: int  # weight version that is trained = index of the step
-    last: bool  # whether the run ends with this step
+    last: bool  # whether the student ends with this step
+    paused: bool  # whether it ends only to go on later: the state is saved, and nothing is exported
     denominator: float  # sum of the loss normaliser over the whole global batch
     tokens: np.ndarray  # [N] int64, rows one after the other
     labels: np.ndarray  # [N] int64, the next token of the same sequence; 0 at a sequence's last position

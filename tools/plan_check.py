@@ -243,6 +243,7 @@ def make_batch() -> PackedBatch:
     return PackedBatch(
         version=0,
         last=False,
+        paused=False,
         denominator=float(len(tokens)),
         tokens=tokens,
         labels=np.roll(tokens, -1),

@@ -88,7 +88,8 @@ async def coordinate(run: RunDirectory) -> None:
             progress=progress,
             began=began,
         )
-        await loop.run()
+        if not await loop.run():
+            return
         info = await servers.clients[0].server_info()
         result = summary(config, loop.now(), board.reports, info)
         run.summary.write_text(json.dumps(result, indent=2) + "\n")

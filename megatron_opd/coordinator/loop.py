@@ -64,8 +64,8 @@ class Loop:
         self.draws = Draws(self.stream, self.progress.groups, self.progress.in_flight)
         self.buffer = StepBuffer(self._prepare, self.progress.step, self.config.steps)
 
-    async def run(self) -> None:
-        """Drive the run to its end."""
+    async def run(self) -> bool:
+        """Drive the run to its end. False: it was asked to pause, has saved, and goes on when it is started again."""
         gc.freeze()  # libraries stay to the end: to look at their objects again and again costs a tenth of a step
         first = self.progress.step
         start = await self._live(first)
@@ -73,12 +73,17 @@ class Loop:
         if first == 0 and self.config.evaluation.before:
             await self._evaluate("before", with_teachers=self.config.evaluation.teachers)
         try:
-            while not self._is_over():
-                await self._step(self.progress.step)
+            paused = False
+            while not self._is_over() and not paused:
+                paused = await self._step(self.progress.step)
         finally:
             await self.buffer.close()
         await self.board.end()
+        if paused:
+            self.recorder.event("paused", step=self.progress.step)
+            return False
         await self._evaluate("after", with_teachers=False)
+        return True
 
     def now(self) -> Progress:
         """How far the run is, with the time that it has taken and the prompts that are not trained yet."""
@@ -89,8 +94,11 @@ class Loop:
             in_flight=self.draws.in_flight(self.progress.step),
         )
 
-    async def _step(self, step: int) -> None:
-        """One optimizer step, and what must be remembered of it when it is to be saved. Weights ``step`` are live."""
+    async def _step(self, step: int) -> bool:
+        """One optimizer step, and what must be remembered of it when it is to be saved. Weights ``step`` are live.
+
+        True when the run pauses with it.
+        """
         began, clock = time.monotonic(), time.time()
         bound = self.config.rollout.max_staleness
         self.buffer.begin(last=step + bound)
@@ -101,9 +109,10 @@ class Loop:
         self._check_dropped(rollouts, step)
         self._count(rollouts, objective)
         self.progress.step = step + 1
-        last = self._is_over()
+        paused = not self._is_over() and self.run_directory.pause_wanted.exists()
+        last = paused or self._is_over()
         offered = time.monotonic()
-        await self.board.publish(step, [encode(replace(batch, last=last)) for batch in prepared.batches])
+        await self.board.publish(step, [encode(replace(batch, last=last, paused=paused)) for batch in prepared.batches])
         self.activity.begin(f"step {step + 1}: training")
         await self._keep_trajectories(step, rollouts, objective)  # while the student trains
         report = await self._live(step + 1)
@@ -128,6 +137,7 @@ class Loop:
             # After the step's line and rollouts are on disk: a checkpoint that is whole has everything before it.
             folder = self.run_directory.checkpoints.coordinator_state(step + 1)
             await asyncio.to_thread(write, folder, self.now(), self.stream.state(), self.prompts)
+        return paused
 
     async def _live(self, version: int) -> RefreshReport:
         """Wait for weights to be live; engines that do not have them get no requests until they do."""

@@ -168,6 +168,8 @@ class RunConsole(ProgressConsole):
                     self._say(f"accuracy {event['when']}: {_shares(event['accuracy'])}")
                 case "dropped":
                     self._warn(f"step {event['step']}: dropped rollouts: {'; '.join(event['reasons'])}")
+                case "pausing":
+                    self._say("asked to stop soon: the step under way is the last one, and is saved")
                 case "checkpoint":
                     self._say(_checkpoint_line(event))
                 case "checkpoint_failed":
@@ -194,6 +196,10 @@ class RunConsole(ProgressConsole):
         if self._run is not None:
             self._say(f"logs      {self._run.logs.absolute()}")
             self._say(f"report    megatron-opd view {self._run.path.absolute()}")
+
+    def paused(self, run_dir: Path) -> None:
+        """After a run that was asked to pause."""
+        self._say(f"the run is saved in {run_dir.absolute()}; the same command with existing=resume goes on")
 
     def result(self, summary: dict, run_dir: Path) -> None:
         """The table at the end, where everything is, and what to do next."""

@@ -110,6 +110,7 @@ def _pack_rank(rows: list[list[TrainSample]], denominator: float, version: int, 
     return PackedBatch(
         version=version,
         last=last,
+        paused=False,
         denominator=denominator,
         tokens=_join([sample.token_ids for sample in sequences], np.int64),
         labels=_join([_labels(sample) for sample in sequences], np.int64),

@@ -103,6 +103,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def pause_wanted(self) -> Path:
+        """A file that asks the run to save after the step under way, and to stop; a start of the run removes it."""
+        return self.path / "pause"
+
+    @property
     def superseded(self) -> Path:
         """What a resumed run wound back: a folder for each time."""
         return self.path / "superseded"
@@ -133,6 +138,7 @@ class RunDirectory:
         for folder in (self.logs, self.trajectories, self.checkpoints.path):
             folder.mkdir(exist_ok=True)
         self.events.touch()
+        self.pause_wanted.unlink(missing_ok=True)
         self.activity.unlink(missing_ok=True)  # of an earlier start
         if not self._identity.is_file():
             self._replace(self._identity, json.dumps({"id": secrets.token_hex(8), "created": time.time()}))

@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -15,6 +15,9 @@ from megatron_opd.runtime.process import Child
 
 POLL_S = 0.25
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+PAUSING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # schedulers send one before a time limit or a preemption
 
 
 class StoppedBySignal(BaseException):
@@ -40,6 +43,17 @@ def signals_raise() -> Iterator[None]:
         raise StoppedBySignal(number)
 
     previous = {number: signal.signal(number, stop) for number in STOPPING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_pause(ask: Callable[[], None]) -> Iterator[None]:
+    """Call ``ask`` when a scheduler tells that the run will have to stop soon."""
+    previous = {number: signal.signal(number, lambda *_: ask()) for number in PAUSING_SIGNALS}
     try:
         yield
     finally:

@@ -11,15 +11,16 @@ from safetensors.numpy import load, save
 
 from megatron_opd.records import PackedBatch
 
-_SINGLE = ("version", "last", "denominator")
+_SINGLE = ("version", "last", "paused", "denominator")
 _ARRAYS = tuple(field.name for field in fields(PackedBatch) if field.name not in _SINGLE)
 
 
 def encode(batch: PackedBatch) -> bytes:
-    """The batch's arrays as safetensors; version, last and denominator as metadata, exact."""
+    """The batch's arrays as safetensors; what is single as metadata, exact."""
     metadata = {
         "version": str(batch.version),
         "last": str(int(batch.last)),
+        "paused": str(int(batch.paused)),
         "denominator": float(batch.denominator).hex(),
     }
     return save({name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}, metadata)
@@ -35,6 +36,7 @@ def decode(body: bytes) -> PackedBatch:
     return PackedBatch(
         version=int(metadata["version"]),
         last=bool(int(metadata["last"])),
+        paused=bool(int(metadata["paused"])),
         denominator=float.fromhex(metadata["denominator"]),
         **arrays,
     )

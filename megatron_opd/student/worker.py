@@ -60,7 +60,7 @@ async def train(run: RunDirectory) -> None:
         refresh = await _connect(stack, config, run, endpoints, student)
         refreshed = await refresh.push(student, version=start)
         await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
-        step, last = start, False
+        step, last, paused = start, False, False
         while not last:
             waiting = time.monotonic()
             batch = await coordinator.batch(step, data_rank)
@@ -73,12 +73,13 @@ async def train(run: RunDirectory) -> None:
             refreshed = await refresh.push(student, version=step + 1)
             times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
             await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
-            step, last = step + 1, batch.last
+            step, last, paused = step + 1, batch.last, batch.paused
             if config.checkpoint.due(step, last=last):
                 saver.begin(step)  # while the next step's rollouts are sampled
         saver.finish()
         await refresh.close()
-    export_hf(student, config.student.model, run.export)
+    if not paused:
+        export_hf(student, config.student.model, run.export)
     dist.destroy_process_group()
 
 

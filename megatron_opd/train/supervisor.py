@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from functools import partial
 from os import SEEK_END
 
 from megatron_opd.config import Config
@@ -14,7 +15,7 @@ from megatron_opd.observe.recorder import Recorder, follow, tell_failures
 from megatron_opd.runtime.env import environment, new_token, requeued
 from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
-from megatron_opd.runtime.slurm import end_steps
+from megatron_opd.runtime.slurm import end_steps, requeue
 from megatron_opd.runtime.supervision import (
     POLL_S,
     StoppedBySignal,
@@ -22,6 +23,7 @@ from megatron_opd.runtime.supervision import (
     death,
     ignore_signals,
     late,
+    signals_pause,
     signals_raise,
 )
 from megatron_opd.train.cluster import Cluster, find_cluster
@@ -33,8 +35,8 @@ OLD_PROCESSES_S = 30.0  # longest wait for processes of a run that was just kill
 JOBS = ("coordinator", "student")  # these end by themselves; servers must not
 
 
-def train(config: Config, console: RunConsole) -> dict:
-    """Run to the end and return the summary. However it ends, no process is left.
+def train(config: Config, console: RunConsole) -> dict | None:
+    """Run to the end and return the summary; None when it was asked to pause and has. No process is ever left.
 
     Raises OpdError for a wrong config, model or data file, ProcessError when a process dies, StoppedBySignal.
     """
@@ -53,7 +55,10 @@ def train(config: Config, console: RunConsole) -> dict:
             adopt_orphans()
             try:
                 roles = _roles(run, config, endpoints, cluster)
-                with tell_failures("supervisor", Recorder(run.events, run.metrics)):
+                with (
+                    tell_failures("supervisor", Recorder(run.events, run.metrics)),
+                    signals_pause(partial(_ask_for_pause, run, config)),
+                ):
                     _supervise(run, roles, config, console)
             except StoppedBySignal as stop:
                 Recorder(run.events, run.metrics).event("stopped", signal=str(stop))
@@ -64,7 +69,18 @@ def train(config: Config, console: RunConsole) -> dict:
                 stop_all()
                 if cluster.allocation:
                     end_steps(cluster.allocation.job)  # of srun commands that had to be killed
-    return json.loads(run.summary.read_text())
+    if run.summary.is_file():
+        return json.loads(run.summary.read_text())
+    if cluster.allocation and config.cluster.requeue:
+        requeue(cluster.allocation.job)
+    return None
+
+
+def _ask_for_pause(run: RunDirectory, config: Config) -> None:
+    """Let the run end with the step under way, if it can go on from there."""
+    if config.checkpoint.every_steps and not run.pause_wanted.exists():
+        run.pause_wanted.touch()
+        Recorder(run.events, run.metrics).event("pausing")
 
 
 def dry_run(config: Config) -> list[str]:

@@ -91,6 +91,21 @@ def test_a_requeued_job_goes_on_where_it_stopped(cluster: SlurmCluster, tmp_path
     assert "SLURM has started this job again" in job.output.read_text()
 
 
+def test_a_job_that_is_told_of_its_time_limit_saves_and_goes_on(
+    cluster: SlurmCluster, tmp_path: Path, servers: Servers
+) -> None:
+    job = submit(cluster, tmp_path, "limited", "steps=1000", "checkpoint.every_steps=1000", *servers.attach())
+    while len(job.steps()) < 2:
+        time.sleep(0.2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    deadline = time.monotonic() + LIMIT_S
+    while "going on after step" not in job.output.read_text():
+        assert time.monotonic() < deadline, job.output.read_text()
+        time.sleep(0.5)
+    cluster.run("scancel", job.number)
+    assert "asked to stop soon" in job.output.read_text()
+
+
 def test_a_cancelled_job_leaves_no_process(cluster: SlurmCluster, tmp_path: Path, servers: Servers) -> None:
     job = submit(cluster, tmp_path, "cancelled", "steps=1000", *servers.attach())
     job.wait_for_checkpoint(1)

@@ -182,6 +182,7 @@ def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> Pa
     return PackedBatch(
         version=3,
         last=False,
+        paused=False,
         denominator=denominator,
         tokens=join([sample.tokens for sample in order], np.int64),
         labels=join([np.append(sample.tokens[1:], 0) for sample in order], np.int64),
