@@ -158,7 +158,7 @@ def _sample(
 ) -> None:
     """Start or find the engine, and sample what is missing."""
     server, key = config.rollout.server, "rollout.server.port"
-    urls = server_urls(server, key)
+    urls = server_urls(server, "rollout", key)
     adopt_orphans()
     try:
         roles, children = replica_roles(config, "rollout", server, config.student.model, urls), []
