@@ -34,7 +34,9 @@ class EngineClient:
     ) -> None:
         self.url = url.rstrip("/")
         self._timeout_s, self._prompt_token_s, self._new_token_s = timeout_s, prompt_token_s, new_token_s
-        self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency + SPARE_CONNECTIONS, token=api_key)
+        self._session = new_session(
+            timeout_s=timeout_s, max_connections=max_concurrency + SPARE_CONNECTIONS, token=api_key
+        )
         self._places = asyncio.Semaphore(max_concurrency)  # of requests with tokens
 
     async def close(self) -> None:

@@ -121,7 +121,9 @@ class SGLangClient(EngineClient):
         starts = [span["start"] for span in spans] + [length]
         ends = [0] + [span["end"] for span in spans]
         self._check(starts == ends, "weight_versions", spans, f"spans that cover 0..{length}")
-        names = [span["version"] for span in spans]  # before the first refresh "default", or what a frozen model is called
+        names = [
+            span["version"] for span in spans
+        ]  # before the first refresh "default", or what a frozen model is called
         versions = [int(name) if name.isdecimal() else -1 for name in names]
         return np.repeat(np.array(versions, dtype=np.int64), np.diff(ends))
 

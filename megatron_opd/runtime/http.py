@@ -82,7 +82,6 @@ async def _read(response: aiohttp.ClientResponse, url: str, max_bytes: int | Non
         parts.append(part)
         size += len(part)
         if size > max_bytes:
-            response.close()  # or leaving the request would read the rest
             raise BadReply(
                 "A server's answer is longer than it can be", kind="too_large", where=url, expected=f"{max_bytes} bytes"
             )
