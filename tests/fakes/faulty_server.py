@@ -3,7 +3,7 @@
     async with FaultyServer(upstream_url, "shifted").running() as url: ...
     python tests/fakes/faulty_server.py UPSTREAM_URL KIND [--times N] [--after N] [--port P] [--other URL]
 
-Only replies of ``POST /generate`` are spoilt; all else goes through as it is, so a handshake passes if ``after`` lets it.
+Only replies of ``POST /generate`` are spoilt; all else goes through as it is. ``after`` lets a handshake pass.
 """
 
 from __future__ import annotations
