@@ -1,0 +1,135 @@
+"""What scoring costs: tokens that a real server computes for each token it scores, and the decoding of its answers.
+
+    python tools/bench_scoring.py [--engine sglang|vllm] [--groups 8] [--samples 8] [--prompt 512] [--response 128]
+
+A server of the toy math teacher on the CPU scores groups of random responses to random prompts, all requests at once,
+as a run sends them: once for the response only (start at the prompt's last token), once for the whole text (start at 0).
+Then answers of both engines, made up in their form, are decoded: JSON to checked arrays, CPU time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from bench_topk import VOCABULARY, base64_body, milliseconds, rows
+
+from megatron_opd.config import load_config
+from megatron_opd.engines import sglang_scores, vllm_scores
+from megatron_opd.engines.connect import new_client
+from megatron_opd.engines.scores import ScoringClient
+from megatron_opd.errors import EngineError
+from megatron_opd.runtime.ports import free_port
+from megatron_opd.runtime.process import start
+from megatron_opd.teachers.scoring import Scores, score, score_request
+from megatron_opd.train.roles import replica_roles
+
+TOY_VOCABULARY = 512
+
+
+async def measure(client: ScoringClient, options: argparse.Namespace, *, whole: bool) -> None:
+    """Score fresh groups and print what they cost."""
+    rng = np.random.default_rng(time.time_ns())
+    requests = []
+    for _ in range(options.groups):
+        prompt = rng.integers(4, TOY_VOCABULARY, options.prompt)
+        for _ in range(options.samples):
+            text = np.r_[prompt, rng.integers(4, TOY_VOCABULARY, options.response)]
+            cut = 1 if whole else options.prompt
+            requests.append(score_request(text[:cut], text[cut:], TOY_VOCABULARY, 0))
+    began = time.perf_counter()
+    found: list[Scores] = await asyncio.gather(*(score(client, request) for request in requests))
+    seconds = time.perf_counter() - began
+    wanted = options.response * len(found)
+    prefilled = sum(scores.prefilled for scores in found)
+    name = "whole text" if whole else "response only"
+    print(f"{name:14} {prefilled:>9,} prefilled {prefilled / wanted:7.2f} per scored token {seconds:8.2f} s")
+
+
+async def serve_and_measure(options: argparse.Namespace) -> None:
+    config = load_config(Path("conf/toy.yaml"), [f"teachers.math.server.engine={options.engine}", "engine.device=cpu"])
+    teacher, url = config.teachers["math"], f"http://127.0.0.1:{free_port()}"
+    (role,) = replica_roles(config, "teacher", teacher.server, teacher.model, [url])
+    with tempfile.TemporaryDirectory() as folder:
+        child = start(role.name, role.argv, role.environment, Path(folder) / "server.log")
+        client = new_client(config.engine, teacher.server, url)
+        try:
+            await client.wait_until_ready(config.engine.start_timeout_s)
+            await measure(
+                client, argparse.Namespace(**vars(options) | {"groups": 1, "samples": 1}), whole=False
+            )  # warm
+            for whole in (False, True, False, True):
+                await measure(client, options, whole=whole)
+        finally:
+            await client.close()
+            for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
+                process.kill()
+
+
+def sglang_reply(ids: np.ndarray, cut: int, k: int) -> str:
+    length = len(ids) - cut
+    meta = {
+        "input_token_logprobs": [[None, int(ids[cut - 1]), None]]
+        + [[-float(i % 97) / 7, token, None] for i, token in enumerate(ids[cut:].tolist())],
+        "prompt_tokens": len(ids),
+        "cached_tokens": 0,
+        "finish_reason": {"type": "length", "length": 0},
+    }
+    return json.dumps({"meta_info": meta | (json.loads(base64_body(rows(length, k))) if k else {})})
+
+
+def vllm_reply(ids: np.ndarray, k: int) -> str:
+    top = rows(len(ids), k) if k else None
+    listed: list[dict | None] = []
+    for i, token in enumerate(ids.tolist()):
+        row = {str(token): {"logprob": -float(i % 97) / 7, "rank": k + 1, "decoded_token": " word"}}
+        if top is not None:
+            pairs = zip(top.ids[i].tolist(), top.logprobs[i].tolist(), strict=True)
+            row |= {str(t): {"logprob": v, "rank": r, "decoded_token": " word"} for r, (t, v) in enumerate(pairs, 1)}
+        listed.append(row if i else None)
+    choice = {"prompt_logprobs": listed, "prompt_token_ids": ids.tolist(), "finish_reason": "length"}
+    usage = {"prompt_tokens": len(ids), "prompt_tokens_details": None}
+    return json.dumps({"choices": [choice], "usage": usage, "model": "m"})
+
+
+def require(ok: bool, kind: str, what: str, got: object, expected: object) -> None:
+    """The checks of a scoring request, as an error of this script."""
+    if not ok:
+        raise EngineError(what, kind=kind, got=got, expected=expected)
+
+
+def decoding(prompt: int, response: int, k: int, repeat: int) -> None:
+    """Print bytes and milliseconds of one answer of each engine."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY - 1, prompt + response)
+    request = score_request(ids[:prompt], ids[prompt:], VOCABULARY, k)
+    engines = {
+        "sglang": (sglang_scores.read_scores, sglang_reply(ids, prompt, k)),
+        "vllm": (vllm_scores.read_scores, vllm_reply(ids, k)),
+    }
+    for name, (read, body) in engines.items():
+        spent = milliseconds(lambda read=read, body=body: read(json.loads(body), request, require), repeat)
+        print(f"{name:7} K={k:<3} {len(body):>12,} bytes {spent:9.2f} ms to decode {prompt} + {response} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("sglang", "vllm"), default="sglang")
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--response", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    for k in (0, 16):
+        decoding(1024, 4096, k, options.repeat)
+    asyncio.run(serve_and_measure(options))
+
+
+if __name__ == "__main__":
+    main()
