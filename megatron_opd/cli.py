@@ -25,16 +25,31 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example conf/toy.yaml", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to it, for example steps=2", metavar="KEY=VALUE")]
 
+NewFolder = Annotated[Path, typer.Argument(help="Folder to write, which must not exist", metavar="OUT")]
+Options = Annotated[
+    list[str] | None, typer.Argument(help="Options, for example tensor_parallel=2", metavar="KEY=VALUE")
+]
+
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Start every process of a run on this machine, watch it, and stop it all at the end."""
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print places and commands, start nothing")
+    ] = False,
+) -> None:
+    """Start every process of a run, here or on the nodes of a SLURM job, watch it, and stop it all at the end."""
     from megatron_opd.config import load_config
     from megatron_opd.observe.console import RunConsole
+    from megatron_opd.train.supervisor import dry_run
     from megatron_opd.train.supervisor import train as run_training
 
     with RunConsole() as console, _told(console):
         settings = load_config(config, overrides or [])
+        if only_plan:
+            typer.echo("\n".join(dry_run(settings)))
+            return
         summary = run_training(settings, console)
         console.result(summary, settings.run_dir)
 
@@ -61,6 +76,85 @@ def audit(
 
     with _told(RunConsole()):
         typer.echo("\n".join(run_audit(run, out).lines()))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h20, h100, h200, b200 and others")] = "h100",
+    assume: Annotated[list[str] | None, typer.Option(help="key=value that the config does not say")] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Try all layouts of the student, rank those that fit")
+    ] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="The models on 8, 64, 512 and 4096 GPUs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers for a program")] = False,
+) -> None:
+    """Calculate memory, work and time of a run, before any GPU is rented. Exit code 1: it does not fit."""
+    from megatron_opd.config import load_config
+    from megatron_opd.observe.console import RunConsole
+    from megatron_opd.plan.command import plan as make_plan
+
+    with _told(RunConsole()):
+        settings = load_config(config, overrides or [])
+        if not make_plan(settings, gpu, assume or [], layouts=layouts, scaled=scale, as_json=as_json):
+            raise typer.Exit(1)
+
+
+@app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="Folder of view.html; else the run's own")] = None,
+) -> None:
+    """Write a page about a run, while it goes on or after it: curves, a step's timeline, rollouts, faults."""
+    from megatron_opd.observe.console import RunConsole
+    from megatron_opd.view.report import view as write_view
+
+    with _told(RunConsole()):
+        typer.echo("\n".join(write_view(run, out)))
+
+
+convert = typer.Typer(
+    help="Convert weights between a Hugging Face folder and a Megatron checkpoint.", no_args_is_help=True
+)
+app.add_typer(convert, name="convert")
+
+
+@convert.command("to-megatron")
+def convert_to_megatron(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder with safetensors", metavar="HF_DIR")],
+    out: NewFolder,
+    options: Options = None,
+) -> None:
+    """Write the weights of a Hugging Face folder as a Megatron checkpoint (torch_dist), which any layout loads.
+
+    Keys: tensor_parallel, pipeline_parallel, expert_parallel, expert_tensor_parallel, threads_per_rank, dtype.
+    """
+    from megatron_opd.convert.command import to_megatron
+    from megatron_opd.convert.console import ConversionConsole
+
+    with ConversionConsole() as console, _told(console):
+        to_megatron(source, out, options or [], console)
+
+
+@convert.command("to-hf")
+def convert_to_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Megatron checkpoint: iter_0000010, release, or the folder above", metavar="CKPT")
+    ],
+    out: NewFolder,
+    options: Options = None,
+) -> None:
+    """Write the weights of a Megatron checkpoint, of a run or of to-megatron, as a Hugging Face folder.
+
+    Keys: source, shard_gb, tensor_parallel, pipeline_parallel, expert_parallel, expert_tensor_parallel,
+    threads_per_rank.
+    """
+    from megatron_opd.convert.command import to_hf
+    from megatron_opd.convert.console import ConversionConsole
+
+    with ConversionConsole() as console, _told(console):
+        to_hf(checkpoint, out, options or [], console)
 
 
 @app.command("config")

@@ -7,7 +7,7 @@ A worked example: a prompt of P = 3 tokens ``[5, 6, 7]`` is answered with R = 2 
     Rollout      token_ids [8, 2]          logprobs [-0.5, -0.1]          versions [4, 4]
     Scored       teacher_logprobs [-0.2, -0.3]
     Calibrated   gaps [+0.3, -0.2]         mask [yes, yes]              mean_gap 0.05   offset 0.0
-    TrainSample  token_ids [5, 6, 7, 8, 2] advantages [+0.3, -0.2]        weights [0.5, 0.5]
+    TrainSample  token_ids [5, 6, 7, 8, 2] advantages [+0.3, -0.2]        weights [0.5, 0.5]   lags [0, 0] at step 4
     PackedBatch  tokens        [ 5,  6,    7,    8,   2]     (one row, one sequence)
                  labels        [ 6,  7,    8,    2,   0]     token t is the one predicted at position t
                  advantages    [ 0,  0, +0.3, -0.2,   0]
@@ -93,7 +93,7 @@ class Dropped:
 
     prompt_id: str
     domain: str
-    stage: Literal["score"]  # the part of the run that gave it up
+    stage: Literal["score", "stale"]  # what gave it up: a teacher call that failed, or weights that are too old
     reason: str  # for a person: who failed, how, got and expected
     kind: str  # one word to count by; docs/teachers.md lists those of scoring
 
@@ -122,6 +122,8 @@ class TrainSample:
     advantages: np.ndarray  # [R] float32
     behaviour_logprobs: np.ndarray  # [R] float32, under the policy that sampled
     weights: np.ndarray  # [R] float32, share of the token in the loss before the denominator; 0 = masked
+    lags: np.ndarray  # [R] int32, steps by which the weights that drew the token are older than those it trains
+    slopes: np.ndarray  # [R] float32, by how much the advantage falls for a nat that the student's log-prob has risen
     forward_weights: np.ndarray  # [R] float32, share of the forward KL of the token; 0 = none
     top_ids: np.ndarray  # [R, K] int64, the teacher's; K = 0 without a forward KL
     top_logprobs: np.ndarray  # [R, K] float32, the teacher's
@@ -135,7 +137,7 @@ class PackedBatch:
     which is the same number on every rank: the result does not depend on how samples are split.
     """
 
-    version: int  # weight version that the samples were drawn with = index of the step
+    version: int  # weight version that is trained = index of the step
     last: bool  # whether the run ends with this step
     denominator: float  # sum of the loss normaliser over the whole global batch
     tokens: np.ndarray  # [N] int64, rows one after the other
@@ -143,6 +145,8 @@ class PackedBatch:
     advantages: np.ndarray  # [N] float32, at the position that predicts the token
     behaviour_logprobs: np.ndarray  # [N] float32
     weights: np.ndarray  # [N] float32
+    lags: np.ndarray  # [N] int32
+    slopes: np.ndarray  # [N] float32
     forward_weights: np.ndarray  # [N] float32
     top_ids: np.ndarray  # [N, K] int64
     top_logprobs: np.ndarray  # [N, K] float32

@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = SOURCES + sorted((ROOT / "tools").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
 
 # These run by path in a Python that is not ours, or before anything may be imported.
-RUN_BY_PATH = {"sglang_launcher.py", "sandbox_runner.py"}
+RUN_BY_PATH = {"sglang_launcher.py", "forker.py", "runner.py"}
 
 # What each part may import of the package, besides itself. Dependencies point one way.
 FOUNDATION = {"errors", "records", "config"}
@@ -37,7 +37,10 @@ ALLOWED = {
     "train": FOUNDATION | {"runtime", "data", "engines", "observe", "student"},
     "difficulty": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "observe", "train"},
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit"},
+    "plan": FOUNDATION | {"student"},
+    "view": FOUNDATION | {"runtime", "observe", "audit"},
+    "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view", "convert"},
 }
 
 

@@ -2,12 +2,13 @@
 
     python tools/bench_logprob.py [--tokens 4096] [--vocab 151936] [--hidden 1024] [--dtype float32] [--used 1.0]
 
-Ways: ``plain`` is log_softmax((hidden @ weight.T).float()) and gather, under autograd; ``logits`` makes the logits and
-hands them to student/logprob.py; ``fused`` is student/fused_logprob.py. Each runs forward and backward in a process of
-its own. Extra memory: highest resident size while it runs, less that before, less the gradients of hidden states and
-weight. Seconds: CPU time of forward and backward, best of ``--repeat``. Ratios are to ``plain``, which needs about 8 GB
-at the default sizes. The norms of the gradients must agree. ``--used``: share of positions whose log-prob has a
-gradient; in training, those of prompts and masked tokens have none.
+Ways: ``plain`` is log_softmax((hidden @ weight.T).float()) and gather, under autograd; ``loss`` and ``logprobs`` are
+the two operations of student/fused_logprob.py: a loss of the log-probs, as the student trains, and log-probs for a loss
+outside. The loss is half the sum of the squared log-probs. Each way runs forward and backward in a process of its own;
+the ways take turns, ``--repeat`` times. Extra memory: highest resident size while it runs, less that before, less the
+gradients of hidden states and weight; the largest of all runs. Seconds: CPU time of forward and backward, the median.
+Ratios are to ``plain``, which needs about 8 GB at the default sizes. The norms of the gradients must agree.
+``--used``: share of positions whose log-prob has a gradient; in training, those of prompts and masked tokens have none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,26 +27,28 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_opd.student.fused_logprob import hidden_logprobs
-from megatron_opd.student.logprob import vocab_parallel_logprobs
+from megatron_opd.student.fused_logprob import hidden_logprobs, hidden_loss
 
-WAYS = ("plain", "logits", "fused")
-
-
-def logprobs(way: str, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    if way == "plain":
-        return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, ids)
-    if way == "logits":
-        return vocab_parallel_logprobs(hidden @ weight.T, ids, len(weight), dist.group.WORLD)
-    return hidden_logprobs(hidden, weight, ids, len(weight), dist.group.WORLD)[0]
+WAYS = ("plain", "loss", "logprobs")
 
 
 def run(way: str, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, used: torch.Tensor) -> float:
     """CPU seconds of one forward and backward pass; leaves gradients."""
+
+    def loss(logprobs: torch.Tensor, at: slice) -> torch.Tensor:
+        return (logprobs.square() * used[at, None]).sum() / 2
+
     hidden.grad = weight.grad = None
     began = time.process_time()
-    found = logprobs(way, hidden, weight, ids)
-    found.backward(found.detach() * used[:, None])
+    if way == "loss":
+        total, _ = hidden_loss(hidden, weight, ids, loss, len(weight), dist.group.WORLD)
+    else:
+        if way == "plain":
+            logprobs = torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, ids)
+        else:
+            logprobs, _ = hidden_logprobs(hidden, weight, ids, len(weight), dist.group.WORLD)
+        total = loss(logprobs, slice(None))
+    total.backward()
     return time.process_time() - began
 
 
@@ -73,8 +77,6 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         seconds = run(options.way, hidden, weight, ids, used)
         extra = resident("VmHWM") - before - sum(tensor.grad.nbytes for tensor in (hidden, weight))
         norms = [tensor.grad.double().norm().item() for tensor in (hidden, weight)]
-        for _ in range(options.repeat - 1):
-            seconds = min(seconds, run(options.way, hidden, weight, ids, used))
         dist.destroy_process_group()
     return {"extra": extra, "seconds": seconds, "by_hidden": norms[0], "by_weight": norms[1]}
 
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--used", type=float, default=1.0, help="share of positions with a gradient")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help="this one only, in this process, as JSON")
     options = parser.parse_args()
     if options.way:
@@ -97,17 +99,25 @@ def main() -> None:
     needed, free = 16 * options.tokens * options.vocab, psutil.virtual_memory().available
     if free < needed:
         parser.error(f"the plain formula may need {needed >> 20:,} MiB, only {free >> 20:,} MiB are free")
-    found: dict[str, dict[str, float]] = {}
-    for way in WAYS:
-        command = [sys.executable, "-W", "ignore", *sys.argv, "--way", way]
-        found[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        now, plain = found[way], found["plain"]
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for turn in range(options.repeat):
+        for way in WAYS:
+            command = [sys.executable, "-W", "ignore", *sys.argv, "--way", way]
+            found[way].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            print(f"{turn + 1}: {way:8} {found[way][-1]['seconds']:8.2f} s", flush=True)
+    report(found, tolerance=1e-2 if options.dtype == "bfloat16" else 1e-5)
+
+
+def report(found: dict[str, list[dict[str, float]]], tolerance: float) -> None:
+    """Print what each way takes, and that of ``plain``."""
+    extra = {way: max(run["extra"] for run in runs) for way, runs in found.items()}
+    seconds = {way: statistics.median(run["seconds"] for run in runs) for way, runs in found.items()}
+    for way, runs in found.items():
         for norm in ("by_hidden", "by_weight"):
-            assert math.isclose(now[norm], plain[norm], rel_tol=1e-2 if options.dtype == "bfloat16" else 1e-5), found
+            assert math.isclose(runs[0][norm], found["plain"][0][norm], rel_tol=tolerance), found
         print(
-            f"{way:7} extra {now['extra'] / 2**20:8.1f} MiB = {now['extra'] / plain['extra']:7.2%}"
-            f"   {now['seconds']:8.2f} s = {now['seconds'] / plain['seconds']:.2f}x",
-            flush=True,
+            f"{way:8} extra {extra[way] / 2**20:8.1f} MiB = {extra[way] / extra['plain']:7.2%}"
+            f"   {seconds[way]:8.2f} s = {seconds[way] / seconds['plain']:.2f}x"
         )
 
 

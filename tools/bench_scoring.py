@@ -3,8 +3,8 @@
     python tools/bench_scoring.py [--engine sglang|vllm] [--groups 8] [--samples 8] [--prompt 512] [--response 128]
 
 A server of the toy math teacher on the CPU scores groups of random responses to random prompts, all requests at once,
-as a run sends them: once for the response only (start at the prompt's last token), once for the whole text (start at 0).
-Then answers of both engines, made up in their form, are decoded: JSON to checked arrays, CPU time of one thread.
+as a run sends them: for the response only (start at the prompt's last token), and for the whole text (start at 0).
+Before that, made-up answers in the form of either engine are decoded: text to checked arrays, CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import psutil
 from bench_topk import VOCABULARY, base64_body, milliseconds, rows
 
 from megatron_opd.config import load_config
-from megatron_opd.engines import sglang_scores, vllm_scores
-from megatron_opd.engines.connect import new_client
+from megatron_opd.engines.connect import CLIENTS, new_client
 from megatron_opd.engines.scores import ScoringClient
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.ports import free_port
@@ -81,7 +80,9 @@ def sglang_reply(ids: np.ndarray, cut: int, k: int) -> str:
         "cached_tokens": 0,
         "finish_reason": {"type": "length", "length": 0},
     }
-    return json.dumps({"meta_info": meta | (json.loads(base64_body(rows(length, k))) if k else {})})
+    return json.dumps(
+        {"meta_info": meta | (json.loads(base64_body(rows(length, k))) if k else {})}, separators=(",", ":")
+    )
 
 
 def vllm_reply(ids: np.ndarray, k: int) -> str:
@@ -95,7 +96,7 @@ def vllm_reply(ids: np.ndarray, k: int) -> str:
         listed.append(row if i else None)
     choice = {"prompt_logprobs": listed, "prompt_token_ids": ids.tolist(), "finish_reason": "length"}
     usage = {"prompt_tokens": len(ids), "prompt_tokens_details": None}
-    return json.dumps({"choices": [choice], "usage": usage, "model": "m"})
+    return json.dumps({"choices": [choice], "usage": usage, "model": "m"}, separators=(",", ":"))
 
 
 def require(ok: bool, kind: str, what: str, got: object, expected: object) -> None:
@@ -108,12 +109,13 @@ def decoding(prompt: int, response: int, k: int, repeat: int) -> None:
     """Print bytes and milliseconds of one answer of each engine."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY - 1, prompt + response)
     request = score_request(ids[:prompt], ids[prompt:], VOCABULARY, k)
-    engines = {
-        "sglang": (sglang_scores.read_scores, sglang_reply(ids, prompt, k)),
-        "vllm": (vllm_scores.read_scores, vllm_reply(ids, k)),
+    bodies = {
+        "sglang": sglang_reply(ids, prompt, k).encode(),
+        "vllm": vllm_reply(ids, k).encode(),
     }
-    for name, (read, body) in engines.items():
-        spent = milliseconds(lambda read=read, body=body: read(json.loads(body), request, require), repeat)
+    for name, body in bodies.items():
+        client = CLIENTS[name]
+        spent = milliseconds(lambda c=client, b=body: c.read_scores(c.read_answer(b), request, require), repeat)
         print(f"{name:7} K={k:<3} {len(body):>12,} bytes {spent:9.2f} ms to decode {prompt} + {response} tokens")
 
 

@@ -123,7 +123,7 @@ def line_chart(
     first, last = x[0][0], x[-1][0]
     margin = 0.03 * max(last - first, 1)
     frame = Frame((first - margin, last + margin), (ticks[0], ticks[-1]), title, width)
-    frame.grid(_whole_ticks(first, last), ticks, form, x_label)
+    frame.grid(whole_ticks(first, last), ticks, form, x_label)
     if reference is not None:
         frame.across(reference, "reference")
     for line in series:
@@ -186,7 +186,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def _whole_ticks(first: float, last: float) -> list[float]:
+def whole_ticks(first: float, last: float) -> list[float]:
     """Round whole numbers from first to last, at least one."""
     found = [value for value in nice_ticks(first, last, 7) if value == int(value) and first <= value <= last]
     return found or [first]

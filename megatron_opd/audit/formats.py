@@ -40,4 +40,4 @@ def tick(value: float) -> str:
 
 def percent_tick(value: float) -> str:
     """A share beside an axis."""
-    return f"{100 * value:.3g} %"
+    return f"{100 * value:.3g} %".replace("-", "\N{MINUS SIGN}")

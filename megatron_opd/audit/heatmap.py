@@ -104,11 +104,11 @@ def colour_limit(rows: Sequence[dict]) -> float:
     return next((limit for limit in _LIMITS if limit >= high), _LIMITS[-1])
 
 
-def heat(row: dict, texts: TokenTexts, limit: float) -> Heat:
-    """The heat-map of one rollout, a row of trajectories that was scored."""
+def heat(row: dict, texts: TokenTexts, limit: float, most: tuple[int, int] = SHOWN) -> Heat:
+    """The heat-map of one rollout, a row of trajectories that was scored; of a longer one the first and last tokens."""
     before, after, mask = advantages(row)
     count = len(before)
-    head, tail = (count, 0) if count <= sum(SHOWN) else SHOWN
+    head, tail = (count, 0) if count <= sum(most) else most
     shown = [*range(head), *range(count - tail, count)]
     tokens = [
         Token(

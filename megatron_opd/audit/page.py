@@ -48,7 +48,7 @@ def render(
         "nats": formats.nats,
         "whole": formats.whole,
         "tick": formats.tick,
-        "typeset": _typeset,
+        "typeset": typeset,
         "visible": visible,
     }
     styles = {domain: f"d{number % DOMAIN_COLOURS}" for number, domain in enumerate(diagnosis.by_domain)}
@@ -76,7 +76,6 @@ def render(
 def facts(config: Config, diagnosis: Diagnosis) -> dict[str, str]:
     """What a reader must know of the run."""
     steps, rollout, loss = diagnosis.steps, config.rollout, config.loss
-    objective = config.objective.model_dump(mode="json", exclude_defaults=True)
     return {
         "student": str(config.student.model),
         "teachers": ", ".join(f"{domain} = {teacher.model}" for domain, teacher in config.teachers.items()),
@@ -85,11 +84,19 @@ def facts(config: Config, diagnosis: Diagnosis) -> dict[str, str]:
             f"{diagnosis.overall.rollouts:,} recorded; {rollout.prompts_per_step} prompts of "
             f"{rollout.samples_per_prompt} rollouts a step, up to {rollout.max_new_tokens:,} tokens"
         ),
+        **recipe_facts(config),
+        "loss": f"gaps of {loss.max_gap:g} nats and more are masked; {NORMALIZE[loss.normalize]}",
+        "seed": str(config.seed),
+    }
+
+
+def recipe_facts(config: Config) -> dict[str, str]:
+    """What of the recipe is switched on, and how."""
+    objective = config.objective.model_dump(mode="json", exclude_defaults=True)
+    return {
         "calibration": _settings(config.calibration and config.calibration.model_dump(mode="json")),
         "balancing": _settings(config.balance and config.balance.model_dump(mode="json")),
         "objective": _settings(objective) if objective else "plain distillation",
-        "loss": f"gaps of {loss.max_gap:g} nats and more are masked; {NORMALIZE[loss.normalize]}",
-        "seed": str(config.seed),
     }
 
 
@@ -117,6 +124,6 @@ def _top(reasons: dict[str, dict[str, int]]) -> list[tuple[str, str, int]]:
     return rows
 
 
-def _typeset(text: str) -> str:
+def typeset(text: str) -> str:
     """With a true minus sign before numbers, and no line break before a percent sign."""
     return re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text).replace(" %", "\N{NO-BREAK SPACE}%")

@@ -104,23 +104,14 @@ def returns(rollouts: Rollouts, diagnosis: Diagnosis) -> dict[str, Returns]:
                 for name, style, outcome in OUTCOMES
                 if outcome in part.outcome
             ],
-            [*_histograms(domain, part), _depth(domain, diagnosis.by_domain[domain])],
+            [*shift_histograms(domain, part), _depth(domain, diagnosis.by_domain[domain])],
         )
         for domain, part in split(scored, scored.domain).items()
     }
 
 
-def difficulty(diagnosis: Diagnosis, styles: dict[str, str]) -> list[Panel]:
-    """For each domain: groups by number of correct rollouts, early and late."""
-    shares = {domain: (_shares(item.early), _shares(item.late)) for domain, item in diagnosis.difficulty.items()}
-    top = max((value for pair in shares.values() for part in pair for value in part), default=0.0)
-    return [
-        Panel(domain, _difficulty_meaning(item), _difficulty_chart(domain, shares[domain], styles[domain], top, item))
-        for domain, item in diagnosis.difficulty.items()
-    ]
-
-
-def _histograms(domain: str, part: Rollouts) -> list[Panel]:
+def shift_histograms(domain: str, part: Rollouts) -> list[Panel]:
+    """Returns of one domain by outcome, before and after the shift, with the same axes; ``part``: all were scored."""
     before, after = part.mean_gap, part.trained_gap
     ends = np.quantile(np.concatenate([before, after]), [TAIL, 1 - TAIL])
     edges = np.linspace(*widened(*ends.tolist()), BINS + 1)
@@ -132,6 +123,16 @@ def _histograms(domain: str, part: Rollouts) -> list[Panel]:
             ("Before the shift", "what the teacher thinks", both[0]),
             ("After the shift", "what is trained on: plus offset and outcome rewards", both[1]),
         )
+    ]
+
+
+def difficulty(diagnosis: Diagnosis, styles: dict[str, str]) -> list[Panel]:
+    """For each domain: groups by number of correct rollouts, early and late."""
+    shares = {domain: (_shares(item.early), _shares(item.late)) for domain, item in diagnosis.difficulty.items()}
+    top = max((value for pair in shares.values() for part in pair for value in part), default=0.0)
+    return [
+        Panel(domain, _difficulty_meaning(item), _difficulty_chart(domain, shares[domain], styles[domain], top, item))
+        for domain, item in diagnosis.difficulty.items()
     ]
 
 

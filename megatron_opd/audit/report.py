@@ -47,7 +47,7 @@ def audit(folder: Path, out: Path | None = None) -> Report:
     Raises OpdError when there is no such run, when it kept no trajectories or no tokenizer, or for a broken file.
     """
     run = RunDirectory(folder)
-    config = _config(run)
+    config = run_config(run)
     files = trajectory_files(run.trajectories)
     texts = TokenTexts.load(run.tokenizer)
     rollouts = read_rollouts(files)
@@ -108,7 +108,7 @@ def _place(rollouts: Rollouts, index: int) -> dict[str, float]:
     }
 
 
-def _config(run: RunDirectory) -> Config:
+def run_config(run: RunDirectory) -> Config:
     file = run.path / "config.yaml"
     if not file.is_file():
         raise DataError(

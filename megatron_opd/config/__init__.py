@@ -7,7 +7,9 @@ A YAML file holds what differs from these defaults; further files and ``key=valu
 All mistakes are reported together, with the nearest known key. Relative paths count from the current directory.
 """
 
-from megatron_opd.config.load import load_config, parse_config
+from megatron_opd.config.cluster import ClusterConfig
+from megatron_opd.config.convert import ConversionConfig, ToHfConfig, ToMegatronConfig
+from megatron_opd.config.load import load_config, load_options, parse_config
 from megatron_opd.config.recipe import (
     BalanceConfig,
     CalibrationConfig,
@@ -22,10 +24,12 @@ from megatron_opd.config.sections import (
     ColumnsConfig,
     DataConfig,
     EvalConfig,
+    JudgeConfig,
     OptimizerConfig,
     RefreshConfig,
     RolloutConfig,
     ScoringConfig,
+    SinksConfig,
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
@@ -36,12 +40,15 @@ __all__ = [
     "BalanceConfig",
     "CalibrationConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "ColumnsConfig",
     "Config",
+    "ConversionConfig",
     "DataConfig",
     "DifficultyConfig",
     "EngineConfig",
     "EvalConfig",
+    "JudgeConfig",
     "LazyConfig",
     "LossConfig",
     "ObjectiveConfig",
@@ -51,9 +58,13 @@ __all__ = [
     "RoutingConfig",
     "ScoringConfig",
     "ServerConfig",
+    "SinksConfig",
     "StudentConfig",
     "TeacherConfig",
+    "ToHfConfig",
+    "ToMegatronConfig",
     "VerifierConfig",
     "load_config",
+    "load_options",
     "parse_config",
 ]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from megatron_opd.config.base import Section
 from megatron_opd.config.run import Config
 from megatron_opd.errors import ConfigError
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -26,18 +29,35 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         raise ConfigError(
             "Malformed override", got=" ".join(malformed), expected="key=value, for example steps=2, or a .yaml file"
         )
-    merged = _read(path, ())
+    merged = _merge(_read(path, ()), overrides)
+    return parse_config(_resolve(merged, path), where=str(path))
+
+
+def load_options(schema: type[SectionType], options: list[str], where: str) -> SectionType:
+    """A section from ``key=value`` arguments alone. Raises ConfigError that lists every mistake."""
+    malformed = [item for item in options if "=" not in item or item.startswith("=")]
+    if malformed:
+        raise ConfigError("Malformed option", where=where, got=" ".join(malformed), expected="key=value")
+    plain = _resolve(_merge(OmegaConf.create(), options), where)
+    keys = ", ".join(schema.model_fields)
+    return _validate(schema, plain, where, fix=f"the keys are {keys}")
+
+
+def _merge(merged: DictConfig, overrides: list[str]) -> DictConfig:
     for item in overrides:
         is_file = "=" not in item
         try:
             merged = OmegaConf.merge(merged, _read(Path(item), ()) if is_file else OmegaConf.from_dotlist([item]))
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError("The config cannot be merged", where=item, got=error) from error
+    return merged
+
+
+def _resolve(merged: DictConfig, where: object) -> object:
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError("The config cannot be resolved", where=path, got=error) from error
-    return parse_config(plain, where=str(path))
+        raise ConfigError("The config cannot be resolved", where=where, got=error) from error
 
 
 def _read(path: Path, inside: tuple[Path, ...]) -> DictConfig:
@@ -62,25 +82,29 @@ def _read(path: Path, inside: tuple[Path, ...]) -> DictConfig:
 
 def parse_config(plain: object, where: str) -> Config:
     """Check a plain mapping against the schema. Raises ConfigError that lists every mistake."""
+    return _validate(Config, plain, where, fix="`megatron-opd config` prints every key with its default")
+
+
+def _validate(schema: type[SectionType], plain: object, where: str, fix: str) -> SectionType:
     if not isinstance(plain, dict):
         raise ConfigError("The config is not a mapping", where=where, got=type(plain).__name__)
     try:
-        return Config.model_validate(plain)
+        return schema.model_validate(plain)
     except ValidationError as error:
-        mistakes = [_describe(mistake) for mistake in error.errors()]
+        mistakes = [_describe(schema, mistake) for mistake in error.errors()]
         raise ConfigError(
             f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''} in the config",
             where=where,
             got="".join(f"\n    {mistake}" for mistake in mistakes),
-            fix="`megatron-opd config` prints every key with its default",
+            fix=fix,
         ) from error
 
 
-def _describe(mistake: dict) -> str:
+def _describe(schema: type[BaseModel], mistake: dict) -> str:
     location = [str(part) for part in mistake["loc"]]
     key = ".".join(location)
     if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _siblings(location[:-1]), n=1)
+        near = difflib.get_close_matches(location[-1], _siblings(schema, location[:-1]), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if mistake["type"] == "missing":
         return f"{key}: required, but not given"
@@ -89,9 +113,8 @@ def _describe(mistake: dict) -> str:
     return f"{key}: got {mistake['input']!r}; {mistake['msg']}"
 
 
-def _siblings(location: list[str]) -> list[str]:
-    """Known keys beside the last part of ``location``."""
-    section: type[BaseModel] = Config
+def _siblings(section: type[BaseModel], location: list[str]) -> list[str]:
+    """Known keys of ``section`` beside the last part of ``location``."""
     for part in location:
         field = section.model_fields.get(part)
         if field is None:  # a key of a dictionary, such as teachers.math: the section is its value's already

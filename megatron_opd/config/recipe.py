@@ -19,6 +19,8 @@ class LossConfig(Section):
     """The importance ratio has no effect below 1 - clip_low."""
     clip_high: Annotated[float, Field(ge=0)] = 0.28
     """The importance ratio has no effect above 1 + clip_high."""
+    importance_cap: PositiveFloat = 2.0
+    """Largest importance weight of a token that older weights drew (rollout.max_staleness); the clip is for others."""
     max_gap: PositiveFloat = 10.0
     """Tokens whose teacher and student log-probs differ by this much or more are masked."""
     normalize: Literal["sequence", "token"] = "sequence"

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import PositiveInt, Section
+from megatron_opd.config.cluster import ClusterConfig
 from megatron_opd.config.recipe import BalanceConfig, CalibrationConfig, DifficultyConfig, LossConfig, ObjectiveConfig
 from megatron_opd.config.sections import (
     CheckpointConfig,
@@ -21,6 +22,7 @@ from megatron_opd.config.sections import (
     RefreshConfig,
     RolloutConfig,
     ScoringConfig,
+    SinksConfig,
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
@@ -48,7 +50,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
     teachers: Annotated[dict[str, TeacherConfig], Field(min_length=1)]
-    """Domain to teacher."""
+    """Domain to teacher; null takes out one that another file names."""
     reference: TeacherConfig | None = None
     """The free reference of objective.teacher_scale, frozen, for all domains; null: none."""
     data: DataConfig
@@ -64,8 +66,16 @@ class Config(Section):
     refresh: RefreshConfig = RefreshConfig()
     evaluation: EvalConfig = EvalConfig()
     record: RecordConfig = RecordConfig()
+    sinks: SinksConfig = SinksConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _without_null(cls, teachers: object) -> object:
+        named = isinstance(teachers, dict)
+        return {name: teacher for name, teacher in teachers.items() if teacher is not None} if named else teachers
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -91,6 +101,8 @@ class Config(Section):
                 f"objective.forward_kl_entropy {objective.forward_kl_entropy:g} is never exceeded: "
                 f"{self.scoring.top_k} top-k tokens have an entropy of at most {highest:.3f}"
             )
+        if self.rollout.max_staleness > 0 and self.refresh.pause == "none":
+            yield "rollout.max_staleness refreshes weights amid responses: set refresh.pause to retract or in_place"
         if objective.placebo and self.calibration is None:
             yield "objective.placebo permutes the outcomes of calibration, which is null"
         yield from self._server_misfits()

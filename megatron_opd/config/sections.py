@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import Port, PositiveFloat, PositiveInt, Real, Section
 from megatron_opd.config.recipe import LazyConfig
@@ -102,6 +102,8 @@ class RolloutConfig(Section):
     """Most tokens of one response."""
     temperature: Real = 1.0
     """Sampling temperature of training; only 1 is taken, at which sampled and recomputed log-probs are the same."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Steps by which the weights that drew a token may be older than those it trains; 0 is strictly on-policy."""
     server: ServerConfig = ServerConfig()
     """The engines that sample."""
 
@@ -162,15 +164,44 @@ class DataConfig(Section):
     """Draw prompts by what is known of their difficulty; null draws each prompt equally often."""
 
 
+class JudgeConfig(Section):
+    """The language model that the verifier "judge" asks."""
+
+    url: str
+    """Address of a server with OpenAI's chat completions, without /v1."""
+    model: str
+    """Name of the model, as the server knows it."""
+    token_env: str | None = None
+    """Environment variable that holds the server's bearer token; null sends none."""
+    max_tokens: PositiveInt = 1024
+    """Most tokens of the judge's answer, which ends with its verdict."""
+
+
+VerifierKind = Literal["math", "code", "choice", "exact", "numeric", "chartqa", "anls", "ifeval", "judge", "none"]
+
+
 class VerifierConfig(Section):
     """How outcomes are decided: one verifier for each domain."""
 
-    kinds: dict[str, Literal["math", "code", "none"]] = {"math": "math", "code": "code"}
+    kinds: dict[str, VerifierKind] = {"math": "math", "code": "code"}
     """Domain to verifier; "none" answers unknown."""
     workers: PositiveInt = 1
     """Processes that verify."""
     timeout_s: PositiveFloat = 5.0
     """Longest time for one response; a verification that takes longer is unknown."""
+    sandbox: Literal["best", "bubblewrap", "namespaces", "limits"] = "best"
+    """How code is fenced in; "best" takes the strongest that works on this machine, any other must work."""
+    anls_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Similarity that an answer of the verifier "anls" must exceed."""
+    judge: JudgeConfig | None = None
+    """Server of the verifier "judge"; null where no domain uses it."""
+
+    @model_validator(mode="after")
+    def _judge_has_a_server(self) -> Self:
+        domains = sorted(domain for domain, kind in self.kinds.items() if kind == "judge")
+        if domains and self.judge is None:
+            raise ValueError(f"kinds.{domains[0]} is judge: set judge.url and judge.model")
+        return self
 
 
 class ScoringConfig(Section):
@@ -187,20 +218,31 @@ class ScoringConfig(Section):
 
 
 class RefreshConfig(Section):
-    """How the rollout engine gets new weights."""
+    """How the rollout engines get new weights (docs/refresh.md)."""
 
-    mode: Literal["broadcast"] = "broadcast"
-    """Way of transport: a process group that spans trainer and engine."""
-    host: str = "127.0.0.1"
-    """Address of the trainer's first rank, as the rollout engine reaches it."""
+    mode: Literal["broadcast", "disk", "tensor"] = "broadcast"
+    """Way of transport: a process group that spans trainer and engines, files, or shared memory of one machine."""
+    pause: Literal["none", "retract", "in_place"] = "none"
+    """Responses under way: none waits for their end, retract computes their cache anew, in_place keeps it."""
+    host: str | None = None
+    """Address of the trainer's first rank, as engines reach it; null: loopback, or its node's in a SLURM job."""
     port: Port = 0
-    """Port at which the two meet; 0 takes a free one."""
+    """Port at which they meet; 0 takes a free one."""
+    folder: Path | None = None
+    """Folder of mode disk, with one for each run in it; all engines see it under the same path. null: the run's own."""
     bucket_mb: PositiveInt = 256
-    """Most megabytes of weights in one broadcast."""
+    """Most megabytes of weights that are under way at once; twice as many are in memory."""
     probe_tolerance: PositiveFloat = 1e-4
     """Largest difference of log-probs between engine and trainer on the probe sequence; 1e-4 is meant for float32."""
     timeout_s: PositiveFloat = 300.0
-    """Longest time for one refresh."""
+    """Longest wait for one answer of an engine during a refresh."""
+    recovery_s: PositiveFloat = 300.0
+    """Longest wait for an engine to come back when none can be reached; then the run stops."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Most bytes of weights that are under way at once."""
+        return self.bucket_mb << 20
 
 
 class EvalConfig(Section):
@@ -221,8 +263,8 @@ class EvalConfig(Section):
 class CoordinatorConfig(Section):
     """The process in the middle."""
 
-    host: str = "127.0.0.1"
-    """Address that it listens on; other machines need a bearer token, which every run has."""
+    host: str | None = None
+    """Address that it listens on; null: loopback, or its node's in a SLURM job. Every run has a bearer token."""
     port: Port = 0
     """Port that it listens on; 0 takes a free one."""
 
@@ -232,6 +274,21 @@ class RecordConfig(Section):
 
     trajectories_every: Annotated[int, Field(ge=0)] = 1
     """Every how many steps all rollouts are kept as parquet, for ``megatron-opd audit``; 0 keeps none."""
+
+
+class SinksConfig(Section):
+    """Where metrics go beside ``metrics.jsonl``; a sink that fails or hangs is told and left, and the run goes on."""
+
+    tensorboard: bool = False
+    """Write TensorBoard's event files to the run's folder; needs the package tensorboard."""
+    wandb: bool = False
+    """Report to Weights & Biases, under the run's id; offline without a key; needs the package wandb."""
+    wandb_project: str = "megatron_opd"
+    """Project at Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team at Weights & Biases; null: that of the key."""
+    patience_s: PositiveFloat = 120.0
+    """A sink that takes longer for a step, or for its end, is left."""
 
 
 class CheckpointConfig(Section):

@@ -27,8 +27,11 @@ from megatron_opd.engines.connect import new_pool
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import EngineError
+from megatron_opd.observe.activity import Activity
+from megatron_opd.observe.prometheus import Exposition
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.observe.role import run_role
+from megatron_opd.observe.sinks import open_sinks
 from megatron_opd.records import Prompt
 from megatron_opd.runtime.checkpoints import COORDINATOR
 from megatron_opd.runtime.env import token
@@ -44,6 +47,8 @@ async def coordinate(run: RunDirectory) -> None:
     """Serve and drive one run, then write its summary."""
     began, config, endpoints, start = time.time(), run.config(), run.endpoints(), run.start_step()
     recorder, board = Recorder(run.events, run.metrics), BatchBoard(start)
+    activity, exposition = Activity(run.activity), Exposition()
+    recorder.listen(exposition)
     tokenizer = load_tokenizer(config.student.model)
     tokenizer.save_pretrained(str(run.tokenizer))
     train, held_out = read_inputs(config, tokenizer)
@@ -53,7 +58,8 @@ async def coordinate(run: RunDirectory) -> None:
         progress, state = read(run.checkpoints.folder(start) / COORDINATOR, prompts)
         stream.restore(state)
     async with AsyncExitStack() as stack:
-        await _serve(stack, board, endpoints.coordinator)
+        stack.enter_context(open_sinks(config, run, recorder))
+        await _serve(stack, make_app(board, token(), exposition), endpoints.coordinator)
         attempts, top_k, seed = config.scoring.attempts, config.scoring.top_k, config.sampling_seed
         servers = new_pool(stack, "rollout", config.engine, config.rollout.server, endpoints.rollout)
         await asyncio.gather(*(client.wait_until_ready(config.engine.start_timeout_s) for client in servers.clients))
@@ -61,11 +67,11 @@ async def coordinate(run: RunDirectory) -> None:
         logger.info("all servers answer: %s", endpoints)
         await _check_deterministic(servers, *teachers.pools, config=config)
         engine = RolloutEngine(servers, tokenizer, attempts, top_k, seed)
-        verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+        verifiers = VerifierPool(config.verifiers)
         stack.push_async_callback(verifiers.close)
         loop = Loop(
             config=config,
-            stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed),
+            stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed, activity.advance),
             student_sampler=RolloutEngine(servers, tokenizer, attempts, seed=seed),
             teacher_samplers={
                 domain: RolloutEngine(teacher.replicas, tokenizer, attempts, seed=seed)
@@ -76,6 +82,7 @@ async def coordinate(run: RunDirectory) -> None:
             held_out=first_of_each_domain(held_out, config.evaluation.limit),
             board=board,
             recorder=recorder,
+            activity=activity,
             run_directory=run,
             prompts=prompts,
             progress=progress,
@@ -88,8 +95,8 @@ async def coordinate(run: RunDirectory) -> None:
         recorder.event("finished")
 
 
-async def _serve(stack: AsyncExitStack, board: BatchBoard, url: str) -> None:
-    runner = web.AppRunner(make_app(board, token()), access_log=None)
+async def _serve(stack: AsyncExitStack, app: web.Application, url: str) -> None:
+    runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     address = urlsplit(url)

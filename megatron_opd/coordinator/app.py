@@ -1,7 +1,7 @@
 """The coordinator's HTTP side: trainer ranks fetch batches and report refreshes.
 
 GET  /health                       200, no token needed
-GET  /metrics                      plain counters, no token needed
+GET  /metrics                      Prometheus' text format (observe/prometheus.py), no token needed
 GET  /v1/batch/{version}/{rank}    200 safetensors bytes, none when the run is over | 204 not there yet, ask again
 POST /v1/refreshed                 a RefreshReport
 """
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from pydantic import ValidationError
 
+from megatron_opd.observe.prometheus import CONTENT_TYPE, Exposition
 from megatron_opd.runtime.messages import RefreshReport
 
 LONG_POLL_S = 20.0
@@ -80,8 +81,8 @@ class BatchBoard:
             return self.reports[version - self._first]
 
 
-def make_app(board: BatchBoard, token: str) -> web.Application:
-    """The application; every path but /health and /metrics needs ``token``."""
+def make_app(board: BatchBoard, token: str, exposition: Exposition) -> web.Application:
+    """The application; every path but /health and /metrics needs ``token``; ``exposition`` knows the newest step."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -94,7 +95,9 @@ def make_app(board: BatchBoard, token: str) -> web.Application:
         return web.Response(text="ok")
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text=f"opd_weight_versions_total {board.expected}\n")
+        version = board.expected - 1 if board.reports else None
+        page = exposition.text(refreshes=len(board.reports), version=version)
+        return web.Response(body=page.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     async def batch(request: web.Request) -> web.Response:
         version, rank = int(request.match_info["version"]), int(request.match_info["rank"])

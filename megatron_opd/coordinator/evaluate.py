@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_opd.config import Config
@@ -43,17 +43,25 @@ class Graded:
 
 
 async def evaluate(
-    engine: RolloutEngine, verifiers: VerifierPool, prompts: Sequence[Prompt], config: Config
+    engine: RolloutEngine,
+    verifiers: VerifierPool,
+    prompts: Sequence[Prompt],
+    config: Config,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Graded]:
-    """Outcomes of the model behind ``engine`` on each of ``prompts``. Raises EngineError when it does not answer."""
+    """Outcomes of the model behind ``engine`` on each of ``prompts``; ``advance`` is called for each that is graded.
+
+    Raises EngineError when it does not answer.
+    """
     settings = config.evaluation
 
     async def grade(prompt: Prompt) -> Graded:
         rollouts = await engine.sample_group(
             prompt, 0, settings.samples_per_prompt, config.rollout.max_new_tokens, temperature=settings.temperature
         )
-        verdicts = await asyncio.gather(*(verifiers.verify(prompt.domain, r.text, prompt.answer) for r in rollouts))
+        verdicts = await asyncio.gather(*(verifiers.verify(prompt, r.text) for r in rollouts))
         outcomes = [verdict.outcome for verdict in verdicts]
+        advance()
         return Graded(prompt, outcomes, sum(len(rollout.token_ids) for rollout in rollouts))
 
     return await asyncio.gather(*(grade(prompt) for prompt in prompts))

@@ -10,9 +10,13 @@ from megatron_opd.recipe.objective import StepObjective
 from megatron_opd.runtime.messages import RefreshReport
 
 
-def step_metrics(rollouts: StepRollouts, objective: StepObjective, report: RefreshReport) -> dict[str, float]:
-    """Everything but the times of the whole step. Names: ``recipe.diagnostics``, docs/how_it_works.md."""
-    metrics = step_diagnostics(objective.rollouts, rollouts.unscored, [item for item, _ in rollouts.dropped])
+def step_metrics(
+    step: int, rollouts: StepRollouts, objective: StepObjective, report: RefreshReport
+) -> dict[str, float]:
+    """Everything but the times of the whole step. Names: ``observe.metrics``, docs/operations.md."""
+    metrics = staleness(step, rollouts) | step_diagnostics(
+        objective.rollouts, rollouts.unscored, [item for item, _ in rollouts.dropped]
+    )
     calibration = objective.calibration
     if calibration is not None:
         metrics |= _known("calibration/margin_before", calibration.margin_before)
@@ -25,6 +29,9 @@ def step_metrics(rollouts: StepRollouts, objective: StepObjective, report: Refre
         | {
             "balance/trained_rollouts": len(objective.samples),
             "balance/refilled_prompts": rollouts.refills,
+            "rollout/tokens": sum(len(item.rollout.token_ids) for item in rollouts.verified),
+            "teacher/tokens": sum(len(item.teacher_logprobs) for item in rollouts.scored),
+            "loss/tokens": sum(int((sample.weights > 0).sum()) for sample in objective.samples),
             "refresh/seconds": report.refresh_s,
             "refresh/probe_difference": report.probe_difference,
         }
@@ -39,9 +46,25 @@ def _teacher_metrics(rollouts: StepRollouts) -> dict[str, float]:
     prefilled = sum(item.prefilled for item in rollouts.scored)
     return (
         {"teacher/dropped": len(rollouts.dropped)}
-        | {f"teacher/dropped_{kind}": count for kind, count in sorted(kinds.items())}
+        | {f"teacher/dropped/{kind}": count for kind, count in sorted(kinds.items())}
         | _known("teacher/prefilled_per_scored", prefilled / scored if scored else None)
     )
+
+
+def staleness(step: int, rollouts: StepRollouts) -> dict[str, float]:
+    """By how many steps the weights that drew the step's tokens are older than those that it trains.
+
+    rollout/staleness      mean over scored tokens
+    rollout/staleness_max  of the oldest one
+    rollout/stale_dropped  rollouts beyond rollout.max_staleness: dropped, and drawn again
+    """
+    dropped = {"rollout/stale_dropped": float(len(rollouts.stale))}
+    versions = [item.verified.rollout.versions for item in rollouts.scored]
+    if not versions:
+        return dropped
+    mean = sum(int(tokens.sum()) for tokens in versions) / sum(map(len, versions))
+    oldest = min(int(tokens.min()) for tokens in versions)
+    return dropped | {"rollout/staleness": step - mean, "rollout/staleness_max": float(step - oldest)}
 
 
 def _known(name: str, value: float | None) -> dict[str, float]:

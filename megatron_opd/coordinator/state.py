@@ -61,6 +61,7 @@ class Progress:
     refreshes: Refreshes = field(default_factory=Refreshes)
     evaluations: dict[str, dict[str, Accuracy]] = field(default_factory=dict)  # moment to domain to result
     wall_s: float = 0.0  # time that the run has taken
+    in_flight: list[str] = field(default_factory=list)  # ids of prompts that are drawn and not trained yet, in order
 
 
 def write(folder: Path, progress: Progress, stream: dict[str, np.ndarray], counted: str) -> None:

@@ -41,7 +41,7 @@ async def sample_all(
     with signals_cancel():
         async with AsyncExitStack() as stack:
             pool = new_pool(stack, "rollout", config.engine, config.rollout.server, urls)
-            verifiers = VerifierPool(config.verifiers.kinds, config.verifiers.workers, config.verifiers.timeout_s)
+            verifiers = VerifierPool(config.verifiers)
             stack.push_async_callback(verifiers.close)
             for client in [] if servers else pool.clients:
                 console.attached(client.url)
@@ -115,7 +115,7 @@ async def _sample(config: Config, prompt: Prompt, engine: RolloutEngine, verifie
             got=f"weight versions {sorted(versions)}",
             expected="one version",
         )
-    verdicts = await asyncio.gather(*(verifiers.verify(prompt.domain, r.text, prompt.answer) for r in rollouts))
+    verdicts = await asyncio.gather(*(verifiers.verify(prompt, r.text) for r in rollouts))
     return Sampled(
         id=prompt.id,
         outcomes=[int(verdict.outcome) for verdict in verdicts],

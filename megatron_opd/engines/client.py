@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from megatron_opd.errors import EngineError
@@ -21,6 +23,7 @@ class EngineClient:
     """
 
     ready_path: str  # answers 200 when the server takes requests
+    read_answer: Callable[[bytes], object] = staticmethod(json.loads)  # of answers about tokens
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class EngineClient:
         limit_s, url = self.deadline_s(prompt_tokens, new_tokens), self.url + path
         async with self._places if prompt_tokens else nullcontext():
             _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
-        return parse_json(answer, url)
+        return parse_json(answer, url, self.read_answer)
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:
         if not ok:

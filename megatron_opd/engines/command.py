@@ -61,7 +61,9 @@ def server_argv(
         argv += ["--chunked-prefill-size", "-1"] if engine.deterministic else []
         argv += [
             *("--device", "cpu", "--attention-backend", "torch_native"),
-            *("--mem-fraction-static", "0.1"),
+            # Nothing is taken by this share, since the next line fixes the cache's size. But SGLang does not start when
+            # other programs take more than it while the weights are loaded.
+            *("--mem-fraction-static", "0.7"),
             *("--max-total-tokens", str(engine.max_total_tokens or CPU_CACHE_TOKENS)),
             *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
         ]

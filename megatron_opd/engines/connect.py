@@ -9,7 +9,7 @@ from megatron_opd.config import EngineConfig, ServerConfig
 from megatron_opd.engines.client import EngineClient
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.engines.vllm import VLLMClient
-from megatron_opd.runtime.env import secret
+from megatron_opd.runtime.env import engine_key, secret
 from megatron_opd.runtime.replicas import ReplicaPool
 
 CLIENTS = {"sglang": SGLangClient, "vllm": VLLMClient}
@@ -23,8 +23,15 @@ def new_client(engine: EngineConfig, server: ServerConfig, url: str) -> EngineCl
         prompt_token_s=engine.prompt_token_timeout_s,
         new_token_s=engine.new_token_timeout_s,
         max_concurrency=engine.max_concurrency,
-        api_key=secret(server.api_key_env) if server.api_key_env else None,
+        api_key=key_of(server),
     )
+
+
+def key_of(server: ServerConfig) -> str | None:
+    """Bearer token of these servers, or None. Raises ConfigError when the environment lacks it."""
+    if server.api_key_env:
+        return secret(server.api_key_env)
+    return None if server.urls else engine_key()
 
 
 def new_pool(

@@ -84,7 +84,7 @@ class RolloutEngine:
             logprobs=generation.logprobs,
             versions=generation.versions,
             finish_reason=generation.finish_reason,
-            text=self._tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True),
+            text=self._tokenizer.decode(generation.token_ids, skip_special_tokens=True),
             top_ids=generation.top_ids,
         )
 

@@ -1,9 +1,8 @@
-"""A client of one SGLang server: sampling, prompt log-probs and weight updates, over its native HTTP interface."""
+"""A client of one SGLang server: sampling and prompt log-probs, over its native HTTP interface."""
 
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,31 +10,20 @@ from megatron_opd.engines import sglang_scores
 from megatron_opd.engines.client import EngineClient
 from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
 from megatron_opd.engines.scores import Served
-from megatron_opd.engines.sglang_scores import split_rows
+from megatron_opd.engines.token_rows import parse_answer, split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import BadReply, TransientError
 
-# From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
-FIRST_WITH_BRACKETS = (0, 5, 21)
 TOP_ID_BYTES = 64  # of one most likely token of a sampled one, which come as lists
-
-
-@dataclass(frozen=True)
-class WeightBucket:
-    """Description of the tensors that one broadcast carries, in order."""
-
-    names: list[str]
-    dtypes: list[str]  # "float32", "bfloat16"
-    shapes: list[list[int]]
 
 
 class SGLangClient(EngineClient):
     """One server."""
 
     ready_path = "/ready"
+    read_answer = staticmethod(parse_answer)
     read_scores = staticmethod(sglang_scores.read_scores)
-    _release: tuple[int, ...] | None = None  # of SGLang, asked for once
 
     # ------------------------------------------------------------------ facts
 
@@ -121,9 +109,7 @@ class SGLangClient(EngineClient):
         starts = [span["start"] for span in spans] + [length]
         ends = [0] + [span["end"] for span in spans]
         self._check(starts == ends, "weight_versions", spans, f"spans that cover 0..{length}")
-        names = [
-            span["version"] for span in spans
-        ]  # before the first refresh "default", or what a frozen model is called
+        names = [span["version"] for span in spans]  # "default" before a refresh, or what a frozen model is called
         versions = [int(name) if name.isdecimal() else -1 for name in names]
         return np.repeat(np.array(versions, dtype=np.int64), np.diff(ends))
 
@@ -157,56 +143,3 @@ class SGLangClient(EngineClient):
         if answered != name:
             what = "The answer is to another request"
             raise BadReply(what, kind="other_request", where=self.url, got=answered, expected=name)
-
-    # ---------------------------------------------------------------- weights
-
-    async def join_weight_group(self, host: str, port: int, world_size: int, backend: str, name: str) -> None:
-        """Let the server's ranks join the process group whose rank 0 is the trainer. Returns when all have joined."""
-        await self._control(
-            "/init_weights_update_group",
-            {
-                "master_address": host,
-                "master_port": port,
-                "rank_offset": 1,
-                "world_size": world_size,
-                "group_name": name,
-                "backend": backend,
-            },
-        )
-
-    async def leave_weight_group(self, name: str) -> None:
-        await self._control("/destroy_weights_update_group", {"group_name": name})
-
-    async def begin_weight_update(self) -> None:
-        if await self._has_brackets():
-            await self._control("/begin_weight_update", {})
-
-    async def receive_bucket(self, bucket: WeightBucket, group: str, *, flush: bool, version: int) -> None:
-        """Receive one broadcast of ``bucket`` as concatenated bytes; ``flush`` empties the prefix cache afterwards."""
-        body = {
-            "names": bucket.names,
-            "dtypes": bucket.dtypes,
-            "shapes": bucket.shapes,
-            "group_name": group,
-            "load_format": "flattened_bucket",
-            "flush_cache": flush,
-            "weight_version": str(version),
-        }
-        await self._control("/update_weights_from_distributed", body)
-
-    async def end_weight_update(self) -> None:
-        if await self._has_brackets():
-            await self._control("/end_weight_update", {})
-
-    async def _has_brackets(self) -> bool:
-        if self._release is None:
-            parts = (await self.server_info())["version"].split("+")[0].split(".")[:3]
-            self._release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in parts)
-        return self._release >= FIRST_WITH_BRACKETS
-
-    # ------------------------------------------------------------------ wires
-
-    async def _control(self, path: str, body: dict) -> None:
-        """A weight endpoint: its 200 answer says whether it succeeded."""
-        answer = await self._post(path, body)
-        self._check(answer.get("success", True) is True, f"answer of {path}", answer, "success: true")

@@ -12,6 +12,7 @@ the other rows of the batch, and the hash behind seeded sampling. On a GPU nothi
 import ctypes
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import platform
 import signal
@@ -31,11 +32,20 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def declare_torchvision_operators() -> object:
-    """Define the operators that ``import torchvision`` registers a fake kernel for. Keep the returned library alive."""
+def declare_torchvision_operators() -> object | None:
+    """Define the operators that ``import torchvision`` registers a fake kernel for. Keep the returned library alive.
+
+    Only where torchvision's own library cannot be loaded: its wheel is a CUDA build, which beside a CPU build of torch
+    lacks CUDA's libraries, and beside a CUDA build does not.
+    """
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")
+    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
+    try:
+        torch.ops.load_library(os.path.join(folder, "_C.so"))
+        return None
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library
@@ -86,7 +96,7 @@ def stand_in_for_triton() -> None:
         sys.platform, platform.machine, torch.backends.mps.is_available = true_values
 
 
-def prepare_cpu() -> object:
+def prepare_cpu() -> object | None:
     """Everything that ``--device cpu`` needs before SGLang is imported."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     library = declare_torchvision_operators()
@@ -165,9 +175,24 @@ def prepare_deterministic_cpu() -> object:
     return library
 
 
+def keep_out_of_logs(key: str) -> None:
+    """SGLang logs all its arguments when it starts: put stars in the place of its bearer token."""
+    make = logging.getLogRecordFactory()
+
+    def without_key(*args, **kwargs):
+        record = make(*args, **kwargs)
+        record.msg, record.args = record.getMessage().replace(key, "***"), ()
+        return record
+
+    logging.setLogRecordFactory(without_key)
+
+
 # SGLang spawns its scheduler and detokenizer, which import this file again before they import SGLang:
 # the stand-ins must be made in them too, hence not under the guard below.
 _on_cpu = "--device" in sys.argv and sys.argv[sys.argv.index("--device") + 1] == "cpu"
+_key = os.environ.get("OPD_ENGINE_KEY")  # not an argument: everyone on the machine can read those
+if _key:
+    keep_out_of_logs(_key)
 _operators = prepare_cpu() if _on_cpu else None
 _deterministic = prepare_deterministic_cpu() if _on_cpu and "--enable-deterministic-inference" in sys.argv else None
 
@@ -176,4 +201,4 @@ if __name__ == "__main__":
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
-    run_server(prepare_server_args(sys.argv[1:]))
+    run_server(prepare_server_args(sys.argv[1:] + (["--api-key", _key] if _key else [])))

@@ -7,6 +7,7 @@ from operator import index
 import numpy as np
 
 from megatron_opd.engines.scores import PromptScores, Require, ScoreRequest
+from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.engines.top_rows import rows_from_base64
 
 ROW_BYTES = 64  # longest "[-12.345678710937500, 151935, null], " and its share of the rest
@@ -41,11 +42,3 @@ def read_scores(reply: dict, request: ScoreRequest, require: Require) -> PromptS
         model=None,
         weight_version=meta.get("weight_version"),
     )
-
-
-def split_rows(rows: list) -> tuple[np.ndarray, np.ndarray]:
-    """``[[logprob or null, id, text], ...]`` to log-probs (null becomes NaN) and ids, without a loop over tokens."""
-    if not rows:
-        return np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-    logprobs, ids, _ = zip(*rows, strict=True)
-    return np.array(logprobs, dtype=np.float32), np.array(ids, dtype=np.int64)

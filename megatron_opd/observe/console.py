@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -10,32 +12,31 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from megatron_opd import __version__
-from megatron_opd.config import Config, StudentConfig
+from megatron_opd.config import Config
 from megatron_opd.errors import OpdError
+from megatron_opd.observe.activity import Doing, read_activity
+from megatron_opd.observe.lines import banner_lines, duration, percent, result_lines, step_line
 from megatron_opd.observe.recorder import follow
 from megatron_opd.runtime.rundir import RunDirectory
 
-STEP_FIELDS = (  # label, metric, format
-    ("loss", "loss/policy", "{:+.4f}"),
-    ("gap", "opd/gap", "{:+.3f}"),
-    ("correct", "reward/correct", "{:.0%}"),
-    ("kept", "balance/kept", "{:.0%}"),
-    ("auc", "order/auc", "{:.2f}"),
-    ("shift", "calibration/mean_shift", "{:.2f}"),
-    ("length", "rollout/length", "{:.0f}"),
-    ("grad", "loss/grad_norm", "{:.2f}"),
-    ("collect", "time/collect_s", "{:.1f}s"),
-    ("train", "time/train_s", "{:.1f}s"),
-    ("tok/s", "perf/tokens_per_s", "{:.0f}"),
-)
+FIRST_WAIT_S, LONGEST_SILENCE_S = 5.0, 300.0  # a log tells of a wait after the first, then each time it has doubled
+RECENT_STEPS = 10  # that the estimate of the rest is made from
+
+
+class _Counted(MofNCompleteColumn):
+    """3/32, and nothing for what cannot be counted."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text("")
 
 
 class ProgressConsole:
@@ -44,9 +45,9 @@ class ProgressConsole:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=40)),
+            BarColumn(bar_width=16),
+            _Counted(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -74,6 +75,9 @@ class ProgressConsole:
     def error(self, error: BaseException) -> None:
         self._console.print(f"error: {error}", style="red", markup=False)
 
+    def _warn(self, line: str) -> None:
+        self._console.print(f"warning: {line}", style="yellow", markup=False)
+
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
 
@@ -87,27 +91,24 @@ class RunConsole(ProgressConsole):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
-        self._steps = 0
+        self._config: Config | None = None
+        self._run: RunDirectory | None = None
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._wait, self._next_line_s = "", FIRST_WAIT_S
+        self._now: TaskID | None = None  # the second bar: what is done right now
 
     def banner(self, config: Config, run: RunDirectory) -> None:
         """The facts that matter, before anything starts."""
-        student, rollout = config.student, config.rollout
-        teachers = ", ".join(f"{domain} = {teacher.model}" for domain, teacher in config.teachers.items())
-        self._steps = config.steps
-        self._say(f"megatron_opd {__version__}   run {config.name}")
-        self._say(f"  student   {student.model}, {student.dtype}, {_layout(student)}")
-        self._say(f"  teachers  {teachers}")
-        self._say(
-            f"  steps     {config.steps} of {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} rollouts"
-        )
-        self._say(f"  folder    {run.path.absolute()}")
-        self._say(f"  logs      tail -F {run.logs.absolute()}/*.log")
-        self._task = self._progress.add_task("starting", total=config.steps)
+        self._config, self._run = config, run
+        for line in banner_lines(config, run):
+            self._say(line)
+        self._task = self._progress.add_task("steps", total=config.steps)
+        self._now = self._progress.add_task("starting", total=None)
 
     def resumed(self, step: int, damaged: list[OpdError], aside: Path | None, *, finished: bool) -> None:
         """From where a run goes on, and what became of the rest."""
         for error in damaged:
-            self._console.print(f"warning: a checkpoint is damaged: {error}", style="yellow", markup=False)
+            self._warn(f"a checkpoint is damaged: {error}")
         if finished:
             self._say(f"the run had finished after {step} steps; set steps=... higher to go on")
             return
@@ -115,47 +116,90 @@ class RunConsole(ProgressConsole):
         if aside is not None:
             self._say(f"what was done after it was moved to {aside.absolute()}")
 
+    def requeued(self, existing: str) -> None:
+        """That a job which SLURM starts again goes on with its run."""
+        self._say(f"SLURM has started this job again: going on where it stopped, whatever existing={existing} says")
+
+    def waiting(self, names: list[str], seconds: float) -> None:
+        """Called again and again: ``names`` are not ready after ``seconds``, or else the run does what it says."""
+        if names:
+            limit = duration(self._config.engine.start_timeout_s)
+            self._show_now("servers", f"waiting for {', '.join(names)}")
+            self._tell_wait(f"waiting for {', '.join(names)}", seconds, f"of at most {limit}")
+        elif (doing := read_activity(self._run.activity)) is not None:
+            self._wait_on_activity(doing)
+        else:
+            self._show_now("student", "waiting for the student's first weights")
+            self._tell_wait("waiting for the student's first weights", seconds, "since the start")
+
+    def _wait_on_activity(self, doing: Doing) -> None:
+        counted = f" {doing.done}/{doing.total}" if doing.total else ""
+        left = "" if doing.left_s is None else f"about {duration(doing.left_s)} to go"
+        self._show_now(doing.what, doing.what, doing.done, doing.total or None)
+        self._tell_wait(doing.what + counted, time.time() - doing.began, left)
+
+    def _show_now(self, key: str, text: str, done: int = 0, total: int | None = None) -> None:
+        """The second bar, which begins anew with each ``key``."""
+        if key != self._wait:
+            self._wait, self._next_line_s = key, FIRST_WAIT_S
+            self._progress.reset(self._now, total=total, description=text)
+        self._progress.update(self._now, description=text, completed=done)
+
+    def _tell_wait(self, text: str, seconds: float, rest: str) -> None:
+        """In a log, a line when a wait has become long, and then each time it has lasted twice as long."""
+        if self._console.is_terminal or seconds < self._next_line_s:
+            return
+        self._next_line_s = seconds + min(seconds, LONGEST_SILENCE_S)
+        self._say(f"{text}: {duration(seconds)}" + (f", {rest}" if rest else ""))
+
     def show(self, events: TextIO) -> None:
         """Print what was recorded since the last call."""
         for event in follow(events):
             match event["event"]:
                 case "live":
-                    self._say(_live(event))
+                    info = event["info"]
+                    self._say(
+                        f"student is ready: {info['backend']} layers on {info['device']} ({info['backend_reason']})"
+                    )
+                    self._say(f"its log-probs and the engine's agree to {event['probe_difference']:.1g}")
                 case "evaluating":
                     self._say(f"evaluating {event['when']} training on {event['prompts']} held-out prompts")
-                    self._describe(f"evaluating {event['when']}")
                 case "evaluated":
                     self._say(f"accuracy {event['when']}: {_shares(event['accuracy'])}")
-                    self._describe("training")
                 case "dropped":
-                    self._say(f"step {event['step']}: dropped rollouts: {'; '.join(event['reasons'])}")
+                    self._warn(f"step {event['step']}: dropped rollouts: {'; '.join(event['reasons'])}")
                 case "checkpoint":
                     self._say(_checkpoint_line(event))
                 case "checkpoint_failed":
-                    self._console.print(f"warning: {event['error']}", style="yellow", markup=False)
+                    self._warn(event["error"])
+                case "sink_left":
+                    self._warn(f"{event['sink']} gets no more numbers: {event['reason']}")
                 case "step":
-                    self._say(_step_line(event["step"], self._steps, event["metrics"]))
-                    if self._task is not None:
-                        self._progress.update(self._task, completed=event["step"])
+                    self._show_step(event["step"], event["metrics"])
+
+    def _show_step(self, step: int, metrics: dict[str, float]) -> None:
+        if "time/step_s" in metrics:
+            self._step_seconds.append(metrics["time/step_s"])
+        left = None
+        if self._step_seconds:
+            left = sum(self._step_seconds) / len(self._step_seconds) * (self._config.steps - step)
+        width = self._console.width if self._console.is_terminal else None
+        self._say(step_line(step, metrics, self._config, left, width))
+        if self._task is not None:
+            self._progress.update(self._task, completed=step)
+
+    def error(self, error: BaseException) -> None:
+        """What went wrong, and where to look."""
+        super().error(error)
+        if self._run is not None:
+            self._say(f"logs      {self._run.logs.absolute()}")
+            self._say(f"report    megatron-opd view {self._run.path.absolute()}")
 
     def result(self, summary: dict, run_dir: Path) -> None:
-        """The table at the end, and what to do next."""
+        """The table at the end, where everything is, and what to do next."""
         self._console.print(_accuracy_table(summary["eval"]))
-        tokens = summary["tokens"]
-        self._say(
-            f"{summary['steps']} steps in {summary['wall_s']:.0f} s; tokens: {tokens['generated']} generated, "
-            f"{tokens['scored']} scored, {tokens['trained']} trained"
-        )
-        self._say(f"summary   {(run_dir / 'summary.json').absolute()}")
-        self._say(f"student   {(run_dir / 'student_hf').absolute()}  (Hugging Face checkpoint)")
-
-
-def _live(event: dict) -> str:
-    info = event["info"]
-    return (
-        f"student is ready: {info['backend']} layers on {info['device']} ({info['backend_reason']}); "
-        f"its log-probs and the engine's agree to {event['probe_difference']:.1g}"
-    )
+        for line in result_lines(summary, RunDirectory(run_dir)):
+            self._say(line)
 
 
 def _checkpoint_line(event: dict) -> str:
@@ -166,20 +210,11 @@ def _checkpoint_line(event: dict) -> str:
 
 
 def _shares(accuracy: dict[str, float | None]) -> str:
-    return "  ".join(f"{domain} {_percent(value)}" for domain, value in accuracy.items())
-
-
-def _percent(value: float | None) -> str:
-    return "not graded" if value is None else f"{100 * value:.1f} %"
-
-
-def _step_line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    fields = [f"{label} {form.format(metrics[name])}" for label, name, form in STEP_FIELDS if name in metrics]
-    return f"step {step:>{len(str(steps))}}/{steps} | " + " | ".join(fields)
+    return "  ".join(f"{domain} {percent(value)}" for domain, value in accuracy.items())
 
 
 def _accuracy_table(evaluations: dict) -> Table:
-    table = Table(title="accuracy on held-out prompts (standard error)")
+    table = Table(title="accuracy on held-out prompts (standard error)", title_justify="left")
     moments = [when for when in ("before", "after", "teacher") if when in evaluations]
     for column in ("domain", *moments):
         table.add_column(column, justify="left" if column == "domain" else "right")
@@ -191,12 +226,4 @@ def _accuracy_table(evaluations: dict) -> Table:
 
 def _cell(evaluations: dict, when: str, domain: str) -> str:
     value, error = evaluations[when].get(domain), evaluations["standard_error"][when].get(domain)
-    return _percent(value) if value is None else f"{_percent(value)} ({100 * error:.1f})"
-
-
-def _layout(student: StudentConfig) -> str:
-    """The parallel sizes in a row: "TP 2 x PP 2 x DP 1"; those that are rarely used only where they are."""
-    sizes = {"TP": student.tensor_parallel, "PP": student.pipeline_parallel, "CP": student.context_parallel}
-    used = [f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "TP"]
-    experts = f", EP {student.expert_parallel}" if student.expert_parallel > 1 else ""
-    return " x ".join([*used, f"DP {student.data_parallel}"]) + experts
+    return percent(value) if value is None else f"{percent(value)} ({100 * error:.1f})"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from megatron_opd.errors import OpdError
+
+
+class Listener(Protocol):
+    """Somebody else who wants the numbers of each step; must return at once and not raise."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """The numbers of a finished step, as in ``metrics.jsonl``, or of an evaluation after it."""
 
 
 class Recorder:
@@ -17,6 +25,12 @@ class Recorder:
 
     def __init__(self, events: Path, metrics: Path) -> None:
         self._events, self._metrics = events, metrics
+        self._listeners: list[Listener] = []
+        self._one_at_a_time = threading.Lock()  # sinks tell from threads of their own
+
+    def listen(self, listener: Listener) -> None:
+        """From now on ``listener`` gets the numbers of each step too."""
+        self._listeners.append(listener)
 
     def event(self, kind: str, **facts: object) -> None:
         """Something happened: ``kind`` names it, ``facts`` are plain values."""
@@ -26,10 +40,22 @@ class Recorder:
         """The numbers of a finished step, also shown on the console."""
         self._append(self._metrics, {"step": step, **metrics})
         self.event("step", step=step, metrics=metrics)
+        self._pass_on(step, metrics)
 
-    @staticmethod
-    def _append(path: Path, row: dict) -> None:
-        with path.open("a") as file:
+    def evaluated(
+        self, step: int, when: str, accuracy: dict[str, float | None], standard_error: dict[str, float | None]
+    ) -> None:
+        """Accuracy by domain after ``step`` steps; when: "before", "after", or "teacher <domain>"."""
+        self.event("evaluated", when=when, accuracy=accuracy, standard_error=standard_error)
+        known = {domain: value for domain, value in accuracy.items() if value is not None}
+        self._pass_on(step, {f"eval/{when.split()[0]}/{domain}": value for domain, value in known.items()})
+
+    def _pass_on(self, step: int, metrics: dict[str, float]) -> None:
+        for listener in self._listeners:
+            listener.step(step, metrics)
+
+    def _append(self, path: Path, row: dict) -> None:
+        with self._one_at_a_time, path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -12,22 +14,55 @@ from pydantic_core import PydanticUndefined
 from megatron_opd.config import Config
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of the config; "teachers.<name>.model" stands for the same key of every teacher."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def config_keys() -> Iterator[Key]:
+    """Every key in the order of the schema."""
+    yield from _keys(Config, "")
+
+
 def config_reference() -> str:
     """One line for each key: name, type, default, meaning."""
-    return "\n".join(_rows(Config, ""))
+    return "\n".join(f"{key.name}: {key.type} = {key.default}\n    {key.meaning}" for key in config_keys())
 
 
-def _rows(section: type[BaseModel], prefix: str) -> list[str]:
-    rows = []
+def config_tables() -> str:
+    """The same as Markdown: a table for each section of the config."""
+    sections: dict[str, list[Key]] = {}
+    for key in config_keys():
+        first, _, rest = key.name.partition(".")
+        sections.setdefault(first if rest else "", []).append(key)
+    parts = []
+    for section, keys in sections.items():
+        title = f"## `{section}`" if section else "## The run"
+        lines = [title, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.meaning)} |" for key in keys]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in section.model_fields.items():
         key, inner = prefix + name, _section_of(field.annotation)
         if inner is None:
-            rows.append(f"{key}: {_type_name(field.annotation)} = {_default(field)}\n    {field.description}")
+            yield Key(key, _type_name(field.annotation), _default(field), field.description)
         else:
             if NoneType in get_args(field.annotation):
-                rows.append(f"{key}: {key}.* | null = {_default(field)}\n    {field.description}")
-            rows += _rows(inner, f"{key}.<name>." if get_origin(field.annotation) is dict else f"{key}.")
-    return rows
+                yield Key(key, f"{key}.* | null", _default(field), field.description)
+            yield from _keys(inner, f"{key}.<name>." if get_origin(field.annotation) is dict else f"{key}.")
+
+
+def _cell(text: str) -> str:
+    """For a table: no bar that would end the cell, nothing that looks like a tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

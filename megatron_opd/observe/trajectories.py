@@ -65,7 +65,8 @@ def write_trajectories(
     }
     table = pa.table({"step": pa.array([step] * len(rows), pa.int32()), **columns}, schema=SCHEMA)
     temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    # No dictionaries: log-probs hardly repeat, and looking for repetition costs as much as all the rest.
+    pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
     temporary.rename(path)
 
 

@@ -64,10 +64,13 @@ def token_weights(mask: np.ndarray, normalize: Literal["sequence", "token"]) -> 
     return np.where(mask, share, 0.0).astype(np.float32)
 
 
-def train_sample(item: Calibrated, objective: ObjectiveConfig, normalize: Literal["sequence", "token"]) -> TrainSample:
+def train_sample(
+    item: Calibrated, objective: ObjectiveConfig, normalize: Literal["sequence", "token"], step: int
+) -> TrainSample:
     """The training sequence of a rollout; the student's log-probs are those of the engine that sampled it.
 
     advantage = w_domain (gap + offset + outcome term)                       where the mask is true, else 0
+    slope     = w_domain                                                     0 where gap_floor or gap_ceiling holds it
     forward weight = w_domain * objective.forward_kl * weight * [H_T > tau]  tau = objective.forward_kl_entropy
     """
     rollout = item.scored.verified.rollout
@@ -82,10 +85,21 @@ def train_sample(item: Calibrated, objective: ObjectiveConfig, normalize: Litera
         advantages=np.where(item.mask, advantages, 0.0).astype(np.float32),
         behaviour_logprobs=rollout.logprobs,
         weights=weights,
+        lags=(step - rollout.versions).astype(np.int32),
+        slopes=np.where(_unclipped(item.gaps, objective), factor, 0.0).astype(np.float32),
         forward_weights=forward_weights,
         top_ids=top.ids,
         top_logprobs=top.logprobs,
     )
+
+
+def _unclipped(gaps: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
+    free = np.ones(len(gaps), dtype=bool)
+    if objective.gap_floor is not None:
+        free &= gaps > objective.gap_floor
+    if objective.gap_ceiling is not None:
+        free &= gaps < objective.gap_ceiling
+    return free
 
 
 def _forward_rows(item: Calibrated, objective: ObjectiveConfig, weights: np.ndarray) -> tuple[TopRows, np.ndarray]:

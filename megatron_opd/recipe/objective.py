@@ -27,7 +27,8 @@ def step_objective(scored: list[Scored], balanced: np.ndarray, config: Config, s
     """Advantages of one step's rollouts. ``balanced`` [n] bool: false for what balancing dropped after scoring.
 
     All of ``scored`` takes part in the margins and group means; trained is what ``balanced``, the margin mask and the
-    sign filter all keep. The result depends on ``config.seed`` and ``step`` only where outcomes are permuted (placebo).
+    sign filter all keep. ``step``: number of the weights that are trained. ``config.seed`` matters only where outcomes
+    are permuted (placebo).
     Raises ValueError when log-probs are missing or lengths differ. Cost: linear in tokens, without a loop over them.
     """
     objective = config.objective
@@ -55,7 +56,7 @@ def step_objective(scored: list[Scored], balanced: np.ndarray, config: Config, s
         )
         for i, (item, term) in enumerate(zip(scored, terms, strict=True))
     ]
-    samples = [train_sample(item, objective, config.loss.normalize) for item in rollouts if item.trained]
+    samples = [train_sample(item, objective, config.loss.normalize, step) for item in rollouts if item.trained]
     return StepObjective(rollouts, samples, calibration.report if calibration else None)
 
 

@@ -118,6 +118,8 @@ def _pack_rank(rows: list[list[TrainSample]], denominator: float, version: int, 
             [_at_predictor(sample, sample.behaviour_logprobs) for sample in sequences], np.float32
         ),
         weights=_join([_at_predictor(sample, sample.weights) for sample in sequences], np.float32),
+        lags=_join([_at_predictor(sample, sample.lags) for sample in sequences], np.int32),
+        slopes=_join([_at_predictor(sample, sample.slopes) for sample in sequences], np.float32),
         forward_weights=_join([_at_predictor(sample, sample.forward_weights) for sample in sequences], np.float32),
         top_ids=_join([_at_predictor(sample, sample.top_ids) for sample in sequences], np.int64, columns),
         top_logprobs=_join([_at_predictor(sample, sample.top_logprobs) for sample in sequences], np.float32, columns),

@@ -1,4 +1,4 @@
-"""Losses on packed tokens: the clipped, importance-weighted policy gradient, and the forward KL beside it."""
+"""Losses on packed tokens: the clipped policy gradient, that of older tokens, and the forward KL beside them."""
 
 from __future__ import annotations
 
@@ -49,6 +49,52 @@ def policy_loss(
         "abs_logprob_change": (share * change.abs()).sum(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def off_policy_loss(
+    logprobs: torch.Tensor,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    slopes: torch.Tensor,
+    weights: torch.Tensor,
+    denominator: float,
+    cap: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The share of tokens that older weights drew: truncated importance sampling in place of the clip.
+
+        change   = logprobs - behaviour_logprobs        A now     = A - slope * change
+        w        = min(exp(change), cap)                gradient  = -w * (A now) * d logprobs
+
+    All but the gradient of ``logprobs`` is constant; the loss is the sum of weights * -w * (A now) / denominator.
+    Arguments as in ``policy_loss``, which takes the other tokens: no token is corrected twice. slopes [T] (``recipe.
+    advantage``): A was formed with the behaviour policy's log-prob, and a reverse KL wants the current one. Without
+    this the gradient would have grad KL(student || behaviour) too much, which near the optimum undoes the correction:
+    it is then that of the old weights. Untruncated, the expectation over the behaviour policy is the gradient of
+    KL(student || teacher) at the current weights, on the prefixes that were drawn.
+    Metrics, as sums: ``advantage``, ``abs_advantage`` (of A now), ``stale_share`` (weight of these tokens),
+    ``importance_weight`` (w) and ``truncated_share`` (where exp(change) > cap).
+
+    Source: truncated importance sampling as in IMPALA (arXiv 1802.01561) and decoupled PPO (arXiv 2110.00641, AReaL
+    arXiv 2505.24298) with the current policy as the proximal one, whose clip never binds in one step per batch.
+    """
+    used = weights > 0
+    change = torch.where(used, logprobs.detach(), 0.0) - torch.where(used, behaviour_logprobs, 0.0)
+    advantages = torch.where(used, advantages - slopes * change, 0.0)
+    share = torch.where(used, weights, 0.0) / denominator
+
+    ratio = change.exp()
+    weight = ratio.clamp(max=cap)
+    current = torch.where(used, logprobs, 0.0)
+    unit = (current - current.detach()).exp()  # 1, with the gradient of the log-prob
+    loss = -(share * weight * advantages * unit).sum()
+    metrics = {
+        "advantage": (share * advantages).sum(),
+        "abs_advantage": (share * advantages.abs()).sum(),
+        "stale_share": share.sum(),
+        "importance_weight": (share * weight).sum(),
+        "truncated_share": (share * (ratio > cap)).sum(),
+    }
+    return loss, metrics
 
 
 def forward_kl_loss(

@@ -27,6 +27,7 @@ from megatron_opd.errors import CheckpointError
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 COORDINATOR = "coordinator"  # folder within a checkpoint
+RELEASE = "release"  # what Megatron's tools call a checkpoint of weights alone, of no step
 FORMAT = 1
 _NAME = re.compile(r"iter_(\d{7,})")
 
@@ -59,6 +60,59 @@ def digest(path: Path) -> FileDigest:
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return FileDigest(path.stat().st_size, checksum)
+
+
+def write_manifest(
+    folder: Path, run: str, step: int, layout: dict[str, int], known: Mapping[str, FileDigest] | None = None
+) -> Manifest:
+    """Complete the checkpoint in ``folder``.
+
+    known: digests that were computed already, by path within the folder; those of other files are computed here.
+    """
+    known = known or {}
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: known[name] if name in known else digest(folder / name) for name in paths}
+    manifest = Manifest(run, step, layout, files)
+    _write(folder / MANIFEST, _encode(manifest))
+    _sync_folder(folder)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the checkpoint in ``folder`` should be. Raises CheckpointError when that cannot be read."""
+    path = folder / MANIFEST
+    try:
+        return _decode(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("The manifest cannot be read", where=path, got=error) from error
+
+
+def check_files(folder: Path) -> Manifest:
+    """Compare all files with the manifest. Raises CheckpointError that names the first difference.
+
+    Cost: reads the whole checkpoint once, several files at a time.
+    """
+    manifest = read_manifest(folder)
+    for name, file in manifest.files.items():  # sizes first: they cost nothing
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != file.bytes:
+            got = "no such file" if size is None else f"{size} bytes"
+            raise CheckpointError("A file is damaged", where=folder / name, got=got, expected=f"{file.bytes} bytes")
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = pool.map(lambda name: digest(folder / name).sha256, manifest.files)
+        for (name, file), checksum in zip(manifest.files.items(), found, strict=True):
+            if checksum != file.sha256:
+                got, expected = f"sha256 {checksum[:16]}...", f"{file.sha256[:16]}..."
+                raise CheckpointError("A file is damaged", where=folder / name, got=got, expected=expected)
+    return manifest
+
+
+def point_tracker(path: Path, to: str) -> None:
+    """Let the tracker in the folder ``path`` name a checkpoint, in one rename."""
+    temporary = path / f".{TRACKER}"
+    _write(temporary, f"{to}\n")
+    temporary.rename(path / TRACKER)
+    _sync_folder(path)
 
 
 class CheckpointFolder:
@@ -99,11 +153,7 @@ class CheckpointFolder:
         known: digests that were computed already, by path within the folder; those of other files are computed here.
         """
         folder, target = self.unfinished(step), self.folder(step)
-        paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        files = {name: known[name] if name in known else digest(folder / name) for name in paths}
-        manifest = Manifest(run, step, layout, files)
-        _write(folder / MANIFEST, _encode(manifest))
-        _sync_folder(folder)
+        manifest = write_manifest(folder, run, step, layout, known)
         if target.exists():  # a run that was wound back comes here again
             self._remove(target)
         folder.rename(target)
@@ -117,11 +167,8 @@ class CheckpointFolder:
         shutil.rmtree(self.coordinator_state(step), ignore_errors=True)
 
     def point_to(self, step: int) -> None:
-        """Set the tracker, in one rename."""
-        temporary = self.path / f".{TRACKER}"
-        _write(temporary, f"{step}\n")
-        temporary.rename(self.path / TRACKER)
-        _sync_folder(self.path)
+        """Set the tracker."""
+        point_tracker(self.path, str(step))
 
     def prune(self, keep_last: int, keep_every: int) -> list[int]:
         """Remove all but the newest ``keep_last`` and those of every ``keep_every`` steps (0: none). Returns them."""
@@ -140,32 +187,15 @@ class CheckpointFolder:
 
     def manifest(self, step: int) -> Manifest:
         """What the checkpoint of ``step`` should be. Raises CheckpointError when that cannot be read."""
-        path = self.folder(step) / MANIFEST
-        try:
-            return _decode(path.read_text())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError("The manifest cannot be read", where=path, got=error) from error
+        return read_manifest(self.folder(step))
 
     def check(self, step: int) -> Manifest:
-        """Compare all files with the manifest. Raises CheckpointError that names the first difference.
-
-        Cost: reads the whole checkpoint once, several files at a time.
-        """
-        folder, manifest = self.folder(step), self.manifest(step)
+        """``check_files`` of the checkpoint of ``step``."""
+        folder = self.folder(step)
+        manifest = self.manifest(step)
         if manifest.step != step:
             raise CheckpointError("The manifest is another step's", where=folder, got=manifest.step, expected=step)
-        for name, file in manifest.files.items():  # sizes first: they cost nothing
-            size = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if size != file.bytes:
-                got = "no such file" if size is None else f"{size} bytes"
-                raise CheckpointError("A file is damaged", where=folder / name, got=got, expected=f"{file.bytes} bytes")
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            found = pool.map(lambda name: digest(folder / name).sha256, manifest.files)
-            for (name, file), checksum in zip(manifest.files.items(), found, strict=True):
-                if checksum != file.sha256:
-                    got, expected = f"sha256 {checksum[:16]}...", f"{file.sha256[:16]}..."
-                    raise CheckpointError("A file is damaged", where=folder / name, got=got, expected=expected)
-        return manifest
+        return check_files(folder)
 
     def newest_whole(self) -> tuple[Manifest | None, list[CheckpointError]]:
         """The newest checkpoint that is whole, or None; and what is wrong with each newer one, newest first."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_opd.errors import ConfigError
 
+ENGINE_KEY = "OPD_ENGINE_KEY"  # bearer token of started servers that other machines can reach; also in the launcher
+VLLM_KEY = "VLLM_API_KEY"  # the same as vLLM reads it
 TOKEN = "OPD_TOKEN"  # bearer token of the coordinator; made anew for each run, never written to a file
 
 
@@ -25,8 +30,29 @@ def secret(name: str) -> str:
     """The value of a variable that holds a key. Raises ConfigError, which names the variable, when there is none."""
     value = os.environ.get(name, "")
     if not value:
-        raise ConfigError("The environment lacks a key", where="api_key_env", got=f"{name} is empty or not set")
+        fix = f"export {name}=... before the start"
+        raise ConfigError("The environment lacks a key", where=name, got="empty or not set", fix=fix)
     return value
+
+
+def engine_key() -> str | None:
+    """The bearer token of servers that the run started; None where they listen on loopback alone."""
+    return os.environ.get(ENGINE_KEY)
+
+
+def environment() -> Mapping[str, str]:
+    """All variables of this process, to be read."""
+    return os.environ
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def node_rank() -> int:
+    """Number of this node among those that srun started the process on; 0 without srun."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def rank() -> int:
@@ -42,6 +68,20 @@ def local_rank() -> int:
 def world_size() -> int:
     """Ranks that torchrun started."""
     return int(os.environ["WORLD_SIZE"])
+
+
+def wandb_mode() -> str:
+    """WANDB_MODE where it is set; else "online" with a key (WANDB_API_KEY, or in ~/.netrc) and "offline" without."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or _in_netrc(host)
+    return os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def quiet_transformers() -> None:

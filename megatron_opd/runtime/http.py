@@ -88,10 +88,13 @@ async def _read(response: aiohttp.ClientResponse, url: str, max_bytes: int | Non
     return b"".join(parts)
 
 
-def parse_json(body: bytes, url: str) -> object:
-    """The answer as JSON, the only format that is taken from another server. Raises TransientError."""
+def parse_json(body: bytes, url: str, read: Callable[[bytes], object] = json.loads) -> object:
+    """The answer as JSON, the only format that is taken from another server. Raises TransientError.
+
+    read: another reader of the same format, for answers with many numbers.
+    """
     try:
-        return json.loads(body)
+        return read(body)
     except (ValueError, RecursionError) as error:
         said = body[:200].decode(errors="replace")
         raise TransientError("A server's answer is no JSON", kind="malformed", where=url, got=said) from error

@@ -23,13 +23,15 @@ class TrainerInfo(BaseModel):
 
 
 class RefreshReport(BaseModel):
-    """Weights of ``version`` are live in the rollout engine, and how the step that made them went."""
+    """Weights of ``version`` are live in rollout engines, and how the step that made them went."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int  # number of optimizer steps behind the weights
     refresh_s: float
     refresh_bytes: int
-    probe_difference: float  # largest |log-prob difference| of engine and trainer on the probe sequence
+    probe_difference: float  # largest |log-prob difference| of a live engine and trainer on the probe sequence
+    live: list[str] = []  # URLs of the engines that have these weights, proven: no other may be asked for responses
+    out: dict[str, str] = {}  # URL to reason of the others; tried again at the next refresh
     info: TrainerInfo | None = None  # with version 0 only
     training: dict[str, float] = {}  # metrics of the optimizer step; empty with version 0

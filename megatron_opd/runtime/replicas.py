@@ -14,7 +14,7 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -171,6 +171,14 @@ class ReplicaPool(Generic[Client]):
         """Undo ``take_out``; a server that failed before is probed first."""
         self._replica_of(client).taken_out = None
         self._tell()
+
+    def follow(self, out: Mapping[str, str]) -> None:
+        """Take out the servers at the URLs of ``out``, with why, and put back all others."""
+        for client in self.clients:
+            if client.url in out:
+                self.take_out(client, out[client.url])
+            else:
+                self.put_back(client)
 
     def _replica_of(self, client: Client) -> Replica[Client]:
         return next(replica for replica in self.replicas if replica.client is client)

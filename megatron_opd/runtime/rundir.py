@@ -52,6 +52,16 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def activity(self) -> Path:
+        """What the run does right now, one line that is replaced."""
+        return self.path / "activity.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files for TensorBoard, with ``sinks.tensorboard``."""
+        return self.path / "tensorboard"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -78,6 +88,11 @@ class RunDirectory:
     def export(self) -> Path:
         """The trained student as a Hugging Face checkpoint."""
         return self.path / "student_hf"
+
+    @property
+    def weights(self) -> Path:
+        """Weights on their way to the rollout engines, where they go by files."""
+        return self.path / "weights"
 
     @property
     def checkpoints(self) -> CheckpointFolder:
@@ -118,6 +133,7 @@ class RunDirectory:
         for folder in (self.logs, self.trajectories, self.checkpoints.path):
             folder.mkdir(exist_ok=True)
         self.events.touch()
+        self.activity.unlink(missing_ok=True)  # of an earlier start
         if not self._identity.is_file():
             self._replace(self._identity, json.dumps({"id": secrets.token_hex(8), "created": time.time()}))
         self._replace(self.path / "endpoints.json", json.dumps(asdict(endpoints), indent=2))
@@ -149,6 +165,13 @@ class RunDirectory:
         with self._lock.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             yield
+
+    def is_occupied(self) -> bool:
+        """Whether a process of the run lives."""
+        if not self._lock.is_file():
+            return False
+        with self._lock.open("a") as file:
+            return not _try_to_lock(file)
 
     def start_step(self) -> int:
         """Optimizer steps behind the weights that the run starts with; 0: those of the model's folder."""

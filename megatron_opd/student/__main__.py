@@ -1,23 +1,27 @@
-"""Starts the student's ranks on this machine: ``python -m megatron_opd.student RUN_DIRECTORY MASTER_PORT``."""
+"""Starts ranks of this node: ``python -m megatron_opd.student JOB RANKS HOST:PORT NODES ARGUMENT``.
+
+Each rank is ``python -m megatron_opd.student.JOB ARGUMENT``; the RANKS are spread evenly over NODES, on each of which
+this is started once, and meet at HOST:PORT. When one fails, the others are ended.
+"""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from torch.distributed.run import main
 
+from megatron_opd.runtime.env import node_rank
 from megatron_opd.runtime.process import die_with_parent
-from megatron_opd.runtime.rundir import RunDirectory
 
 if __name__ == "__main__":
     die_with_parent()
-    run_directory, port = sys.argv[1:]
-    ranks = RunDirectory(Path(run_directory)).config().world_size
+    job, ranks, meeting, nodes, argument = sys.argv[1:]
+    host, port = meeting.split(":")
     main(
         [
-            *("--nnodes", "1", "--nproc-per-node", str(ranks)),
-            *("--master-addr", "127.0.0.1", "--master-port", port),
-            *("-m", "megatron_opd.student.worker", run_directory),
+            *("--nnodes", nodes, "--nproc-per-node", str(int(ranks) // int(nodes))),
+            *("--node-rank", str(node_rank() if int(nodes) > 1 else 0)),
+            *("--master-addr", host, "--master-port", port),
+            *("-m", f"megatron_opd.student.{job}", argument),
         ]
     )

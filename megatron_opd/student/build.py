@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,11 +26,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_opd.config import Config, StudentConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.runtime import env
-from megatron_opd.student import cpu_runtime
+from megatron_opd.student import bridges, cpu_runtime
 from megatron_opd.student.head import return_hidden_states
 from megatron_opd.student.sizes import check_sizes, check_world_size, has_experts, read_hf_config
 from megatron_opd.student.torch_backend import decoder_spec
 
+bridges.register()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -42,15 +44,25 @@ BackendName = Literal["torch", "transformer_engine"]
 
 
 @dataclass(frozen=True, slots=True)
+class Model:
+    """One rank's part of a model, with nothing that only training needs."""
+
+    bridge: Bridge  # converts names and weights between Hugging Face and Megatron; knows vocab_size and dtype
+    chunks: list[GPTModel]  # one, or one for each virtual pipeline stage of this rank
+    backend: BackendName
+    reason: str  # why this backend, one clause for a person
+
+
+@dataclass(frozen=True, slots=True)
 class Student:
     """One rank's part of the model that learns."""
 
-    bridge: Bridge  # converts names and weights between Hugging Face and Megatron; knows vocab_size and dtype
+    bridge: Bridge
     model: list[DistributedDataParallel]  # one chunk, or one for each virtual pipeline stage of this rank
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     backend: BackendName
-    reason: str  # why this backend, one clause for a person
+    reason: str
 
     @property
     def device(self) -> torch.device:
@@ -94,22 +106,34 @@ def build_student(config: Config) -> Student:
     Raises ModelError or ConfigError, before anything is built, for a model or sizes that do not fit.
     """
     check_sizes(config, read_hf_config(config.student.model))
-    backend, reason = _choose_backend(config.student)
-    if config.student.fp8 is not None and backend == "torch":
+    built = build_model(config.student)
+    load_hf(built, config.student.model)
+    model = _wrap([return_hidden_states(chunk) for chunk in built.chunks], built.bridge, config.student)
+    optimizer, scheduler = _build_optimizer(config, model)
+    return Student(built.bridge, model, optimizer, scheduler, built.backend, built.reason)
+
+
+def build_model(student: StudentConfig) -> Model:
+    """Build this rank's part of the model, whose weights have yet to be loaded. ``init_distributed`` comes first.
+
+    Raises ConfigError when the layers that ``student`` asks for cannot be used here.
+    """
+    backend, reason = _choose_backend(student)
+    if student.fp8 is not None and backend == "torch":
         raise ConfigError(
             "Only Transformer Engine has 8-bit matrix products",
             where="student.fp8",
-            got=f"{config.student.fp8}, but {reason}",
+            got=f"{student.fp8}, but {reason}",
             fix="set student.fp8 to null",
         )
-    bridge = _build_bridge(config.student, backend)
-    virtual = config.student.virtual_pipeline
-    parts = range(virtual) if virtual > 1 else [None]
-    chunks = [return_hidden_states(_build_chunk(bridge, backend, part)) for part in parts]
-    bridge.load_weights(chunks, str(config.student.model))
-    model = _wrap(chunks, bridge, config.student)
-    optimizer, scheduler = _build_optimizer(config, model)
-    return Student(bridge, model, optimizer, scheduler, backend, reason)
+    bridge = _build_bridge(student, backend)
+    parts = range(student.virtual_pipeline) if student.virtual_pipeline > 1 else [None]
+    return Model(bridge, [_build_chunk(bridge, backend, part) for part in parts], backend, reason)
+
+
+def load_hf(model: Model, folder: Path) -> None:
+    """Load the weights of a Hugging Face folder, one tensor after the other. All ranks call it."""
+    model.bridge.load_weights(model.chunks, str(folder), memory_efficient=True)
 
 
 def _device_type(student: StudentConfig) -> Literal["cpu", "cuda"]:
@@ -211,7 +235,7 @@ def _build_chunk(bridge: Bridge, backend: BackendName, part: int | None) -> GPTM
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=part is None, vp_stage=part),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=_rope_base(hf_config),
+        **_rope(hf_config),
         vp_stage=part,
     )
 
@@ -239,10 +263,13 @@ def _wrap(chunks: list[GPTModel], bridge: Bridge, student: StudentConfig) -> lis
     return model
 
 
-def _rope_base(hf_config: Any) -> float:
-    """Base of the rotary angles: transformers 5 keeps it in rope_parameters, transformers 4 beside the sizes."""
-    parameters = getattr(hf_config, "rope_parameters", None)
-    return parameters["rope_theta"] if parameters else hf_config.rope_theta
+def _rope(hf_config: Any) -> dict[str, Any]:
+    """What GPTModel is told of the rotary angles: transformers 5 keeps it in one field, transformers 4 in two."""
+    known = getattr(hf_config, "rope_parameters", None)
+    known = known or {"rope_theta": hf_config.rope_theta, **(hf_config.rope_scaling or {})}
+    scaled = known.get("rope_type") == "llama3"
+    scaling = {"rope_scaling": True, "rope_scaling_factor": known["factor"]} if scaled else {}
+    return {"rotary_base": known["rope_theta"], **scaling}
 
 
 def _build_optimizer(

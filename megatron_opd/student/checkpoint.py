@@ -12,7 +12,6 @@ together happens between steps, where they agree on whether all have written, on
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -33,6 +31,7 @@ from megatron_opd.observe.recorder import Recorder
 from megatron_opd.runtime.checkpoints import COORDINATOR, FileDigest, digest
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.student.build import Student
+from megatron_opd.student.thread_writer import ThreadedSave
 
 logger = logging.getLogger("megatron_opd.student")
 
@@ -63,8 +62,8 @@ class Saver:
         if problem:
             self._fail(step, problem)
             return
-        filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process for it
-        request = dist_checkpointing.save(sharded_state(self._student, step), str(folder), async_sharded_save=True)
+        state = sharded_state(self._student, step)
+        request = dist_checkpointing.save(state, str(folder), ThreadedSave(), async_sharded_save=True)
         writer = _Writer(request, folder, random_state(self._student))
         writer.start()
         self._save = _Save(step, began, request, writer, waited_s=time.monotonic() - began)
@@ -159,7 +158,7 @@ class _Save:
 
 @dataclass
 class _Writer:
-    """The thread that writes one rank's part. ``begin`` copies; what the student does later does not reach it."""
+    """The thread that writes one rank's part, of which what the student does later changes nothing."""
 
     request: AsyncRequest
     folder: Path
@@ -169,39 +168,17 @@ class _Writer:
     done: bool = False
 
     def start(self) -> None:
-        """Copy, and write in the background. A daemon: a disk that never answers does not keep the process alive."""
-        transforms, buckets, results = [], [], None
-        if self.request.async_fn is not None:
-            transforms, _ = self.request.async_fn.args  # bound by Megatron, before the arguments of each call
-            _, buckets, results = self.request.async_fn_args
-        copies = [
-            (path, key, (items, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
-            for path, key, (items, tensors) in buckets
-        ]
-        threading.Thread(target=self._run, args=(transforms, copies, results), daemon=True, name="checkpoint").start()
+        """Write in the background. A daemon: a disk that never answers does not keep the process alive."""
+        threading.Thread(target=self._run, daemon=True, name="checkpoint").start()
 
-    def _run(self, transforms: list, buckets: list[tuple], results: queue.Queue | None) -> None:
+    def _run(self) -> None:
         try:
-            written = {number: _write_bucket(transforms, number, bucket) for number, bucket in enumerate(buckets)}
-            if results is not None:
-                results.put(written)
             own = self.folder / random_file(dist.get_rank())
             save_file(self.random, own)
-            self.digests = {Path(path).name: digest(Path(path)) for path in [*(bucket[0] for bucket in buckets), own]}
+            self.digests = {path.name: digest(path) for path in [*self.request.async_fn(), own]}
             self.done = True
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             self.problem = f"{type(error).__name__}: {error}"
-
-
-def _write_bucket(transforms: list, number: int, bucket: tuple) -> list:
-    """Write one file with Megatron's writer; what it returns goes into the checkpoint's index."""
-    results, pending = queue.Queue(), queue.Queue()
-    pending.put(number)
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, pending, True)
-    _, found = results.get_nowait()
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def load_student(student: Student, folder: Path, step: int, saved_layout: dict[str, int]) -> None:
@@ -217,7 +194,7 @@ def load_student(student: Student, folder: Path, step: int, saved_layout: dict[s
         chunk.module.load_state_dict(loaded[name])
     parts, found = _parts(student), loaded["optimizer"]
     for number, part in enumerate(parts):
-        _load_optimizer(part, found if len(parts) == 1 else found[number])
+        _load_optimizer(part, found if len(parts) == 1 else found[number], step)
     student.scheduler.num_steps = 0  # the schedule is the config's, which may have more steps than the saved one
     student.scheduler.step(step)
     if saved_layout == layout():
@@ -280,14 +257,21 @@ def _parts(student: Student) -> list[DistributedOptimizer]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _load_optimizer(part: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """``part.load_state_dict``, which fails with torch's Adam: it looks for the count of steps among the parameters'
-    moments, and lets all parameters share one tensor of it, which each would then count up."""
-    moments = state.pop("param_state")
+def _load_optimizer(part: DistributedOptimizer, found: dict[str, Any], step: int) -> None:
+    """``part.load_state_dict`` with moments that were found in a checkpoint.
+
+    Groups of parameters are this job's, not the checkpoint's: learning rates and weight decay are the config's, and
+    another layout may have other groups (under expert parallelism, experts have an optimizer of their own). Nor does
+    Megatron's loading get along with torch's Adam: it looks for the count of steps among the moments, and lets all
+    parameters share one tensor of it, which each would then count up.
+    """
+    state = part.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group["step"] = step
     part.load_state_dict(state)
     inner = part.optimizer.state
     steps = {parameter: own.pop("step") for parameter, own in inner.items() if "step" in own}
-    part.load_parameter_state_from_fully_reshardable(moments)
+    part.load_parameter_state_from_fully_reshardable(found["param_state"])
     for parameter, count in steps.items():
         inner[parameter]["step"] = count.clone()
 

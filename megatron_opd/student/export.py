@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from mbridge.core import Bridge
 
 from megatron_opd.errors import ModelError
 from megatron_opd.student.build import DTYPES, Student
+from megatron_opd.student.hf_weights import expected_shapes
+from megatron_opd.student.shards import ShardedFiles
+from megatron_opd.student.sizes import read_hf_config
 
-_SHARD_BYTES = 4 * 1024**3
+SHARD_BYTES = 4 * 1024**3
 _COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
-_INDEX_NAME = "model.safetensors.index.json"
 
 
 @torch.no_grad()
@@ -29,36 +31,56 @@ def hf_weights(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
     for chunk in student.model:
         if chunk.ddp_config.overlap_param_gather:  # the step left the gathering to the next forward pass
             chunk.start_param_sync(force_sync=True)
+    yield from gathered_weights(student.bridge, student.model)
+
+
+@torch.no_grad()
+def gathered_weights(bridge: Bridge, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same for chunks of a model, whether wrapped for training or not."""
     seen = set()
-    for name, tensor in student.bridge.export_weights(student.model):
+    for name, tensor in bridge.export_weights(chunks):
         if name not in seen:  # a tied embedding is on the first and on the last pipeline stage
             seen.add(name)
             yield name, tensor
 
 
-def export_hf(student: Student, source_folder: Path, out_folder: Path) -> None:
+def export_hf(student: Student, source_folder: Path, out_folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the weights, with the config and tokenizer files of ``source_folder``, to ``out_folder``.
 
     All ranks call it; rank 0 writes, and ``out_folder`` appears in one rename when it is complete. Weights keep the
     student's dtype and the vocabulary's own size. Raises ModelError when ``out_folder`` exists.
     """
-    weights = hf_weights(student)
+    partial = out_folder.with_name(out_folder.name + ".partial")
     if dist.get_rank() == 0:
         if out_folder.exists():
             raise ModelError("The export folder exists", where=out_folder.absolute(), fix="name a new folder")
-        partial = out_folder.with_name(out_folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by an export that did not finish
         partial.mkdir(parents=True)
-        _copy_side_files(source_folder, partial, student.bridge.dtype)
-        _write_shards(weights, partial)
+    write_hf(hf_weights(student), student.bridge.dtype, source_folder, partial, shard_bytes)
+    if dist.get_rank() == 0:
         partial.rename(out_folder)
-    else:
-        for _ in weights:  # each tensor is gathered from all ranks
-            pass
     dist.barrier()
 
 
-def _copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
+def write_hf(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, source: Path, target: Path, shard_bytes: int
+) -> None:
+    """Fill the folder ``target`` with ``weights`` of ``dtype`` and the other files of ``source``.
+
+    All ranks call it, and rank 0 writes, one tensor at a time.
+    """
+    if dist.get_rank() != 0:
+        for _ in weights:  # each tensor is gathered from all ranks
+            pass
+        return
+    copy_side_files(source, target, dtype)
+    files = ShardedFiles(target, expected_shapes(source, read_hf_config(source)), dtype, shard_bytes)
+    for name, tensor in weights:
+        files.write(name, tensor)
+    files.finish()
+
+
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy config and tokenizer files; config.json names the dtype of the weights beside it."""
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json"):
@@ -68,38 +90,3 @@ def _copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 and 4
     config[key] = next(name for name, value in DTYPES.items() if value == dtype)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write tensors as they come, so that one shard at a time is in memory."""
-    shards: list[dict[str, int]] = []  # bytes of each tensor, by name
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
-        pending.clear()
-
-    for name, tensor in weights:
-        # A copy: safetensors refuses tensors that share memory.
-        pending[name] = tensor.to("cpu", copy=True).contiguous()
-        if sum(tensor.nbytes for tensor in pending.values()) >= _SHARD_BYTES:
-            flush()
-    if pending:
-        flush()
-    _name_shards(shards, folder)
-
-
-def _name_shards(shards: list[dict[str, int]], folder: Path) -> None:
-    """Give shards the names that transformers expects, which hold their number, and write the index."""
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / name)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(sum(shard.values()) for shard in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

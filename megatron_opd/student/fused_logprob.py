@@ -1,21 +1,36 @@
-"""Log-probabilities of chosen tokens straight from hidden states: the logits exist one block at a time.
+"""Log-probabilities of chosen tokens, or a loss of them, straight from hidden states: never all logits at once.
 
 T positions of this rank's rows, H hidden size, V columns of the output weight over all tensor-parallel ranks (padding
-included), C ids of each position. A block is some positions by some columns, small enough to stay in a CPU's cache.
+included), C ids of each position.
+
+A backward pass that is told the gradient of each log-prob has to make the logits again: four matrix products, where
+whoever keeps all logits has three. Where the loss is known in the forward pass, logits of a few positions at a time are
+kept from their log-probs to their gradients, and three products do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from itertools import tee
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-# Positions and columns of a block: in cache on a CPU, measured; large enough to fill a GPU, an estimate.
-BLOCKS = {"cpu": (1024, 512), "cuda": (4096, 8192)}
+from megatron_opd.student.logit_blocks import (
+    BLOCKS,
+    Block,
+    Projection,
+    Upstream,
+    add_gradients,
+    at_least_float32,
+    score,
+)
+
+PART = 512  # positions whose logits are kept from log-probs to gradients
+
+Loss = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 def hidden_logprobs(
@@ -44,61 +59,42 @@ def hidden_logprobs(
     The backward pass makes the logits again, only for positions whose gradient is not zero.
 
     ``block``: positions and columns of which logits exist at a time, by default ``BLOCKS``. Memory beyond the results
-    and the gradients: about one block, [T, H] in float32, and with ``sequence_parallel`` the gathered [T, H].
-    Communication does not depend on the block: two reductions of [T] and [T, 1 + C], and one of [T, H] backward.
+    and the gradients: about two blocks, [T, H] in float32, and with ``sequence_parallel`` the gathered [T, H].
+    Communication does not depend on the block: two reductions of [T] and [T, 2 + C], and one of [T, H] backward.
     """
-    head = _Head(vocab_size, group, temperature, block or BLOCKS[hidden.device.type], entropy, sequence_parallel)
-    logprobs, entropies = _HiddenLogprobs.apply(hidden, weight, ids, head)
-    return logprobs.where((ids >= 0) & (ids < vocab_size), -torch.inf), entropies
+    block = block or BLOCKS[hidden.device.type]
+    projection = Projection(vocab_size, group, temperature, block, sequence_parallel)
+    logprobs, entropies = _HiddenLogprobs.apply(hidden, weight, ids, projection, entropy)
+    return _known(logprobs, ids, projection), entropies
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What one call's forward and backward pass share, besides tensors."""
+def hidden_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    loss: Loss,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    *,
+    temperature: float = 1.0,
+    part: int = PART,
+    sequence_parallel: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss of the log-probs of ``hidden_logprobs``, with the same gradients; and the log-probs, without gradient.
 
-    vocab_size: int
-    group: dist.ProcessGroup
-    temperature: float
-    block: tuple[int, int]
-    entropy: bool
-    sequence_parallel: bool
+    loss: from the log-probs [P, C] of some positions, and the slice of all T that they are, to their share of the loss,
+    a scalar; the loss is the sum of the shares. Every rank must compute the same. The rest is as in
+    ``hidden_logprobs``. Gradients are made here; the backward pass, of which there can be one, only scales them.
 
-    def first(self, weight: torch.Tensor) -> int:
-        """The token of this rank's first row."""
-        return self.group.rank() * len(weight)
-
-    def gather(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All positions."""
-        if not self.sequence_parallel:
-            return hidden
-        whole = hidden.new_empty(self.group.size() * len(hidden), hidden.shape[1])
-        dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.group)
-        return whole
-
-    def sum(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The opposite of ``gather``: the sum over ranks of [T, H], this rank's positions of it."""
-        if not self.sequence_parallel:
-            dist.all_reduce(gradient, group=self.group)
-            return gradient
-        mine = gradient.new_empty(len(gradient) // self.group.size(), gradient.shape[1])
-        dist.reduce_scatter_tensor(mine, gradient, group=self.group)
-        return mine
-
-    def blocks(self, hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Columns, positions and their logits in float32, without padded columns, all positions of a column first.
-
-        The logits may be overwritten; the next block does so.
-        """
-        columns = min(len(weight), max(0, self.vocab_size - self.first(weight)))
-        height, width = self.block
-        raw = torch.empty(min(height, len(hidden)) * min(width, columns), dtype=hidden.dtype, device=hidden.device)
-        for start in range(0, columns, width):
-            chosen = slice(start, min(start + width, columns))
-            for top in range(0, len(hidden), height):
-                rows = slice(top, min(top + height, len(hidden)))
-                size = rows.stop - rows.start, chosen.stop - chosen.start
-                logits = torch.mm(hidden[rows], weight[chosen].T, out=raw[: size[0] * size[1]].view(size)).float()
-                yield chosen, rows, logits if self.temperature == 1 else logits.div_(self.temperature)
+    ``part``: positions gone through at a time. Memory beyond the results and the gradients: [part, V / tp] in float32
+    and what ``hidden_logprobs`` takes; two reductions of each part. A weight of half precision would have its gradient
+    rounded at each part, so there all positions are one part, whose logits are made again and not kept.
+    """
+    height, width = BLOCKS[hidden.device.type]
+    if weight.dtype == at_least_float32(weight):
+        height, width = part, max(1, height * width // part)
+    projection = Projection(vocab_size, group, temperature, (height, width), sequence_parallel)
+    return _HiddenLoss.apply(hidden, weight, ids, projection, loss)
 
 
 class _HiddenLogprobs(torch.autograd.Function):
@@ -106,122 +102,108 @@ class _HiddenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, head: _Head
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, projection: Projection, entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        highest, totals = _local_sums(head.gather(hidden), weight, ids, head)
-        overall = highest.clone()
-        dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=head.group)
-
-        # A rank whose rows are all padding has the maximum -inf and sums 0. Each id is in one rank's rows.
-        totals[:, :2] *= (highest - overall).exp()[:, None]
-        local = ids - head.first(weight)
-        is_local = (local >= 0) & (local < len(weight))
-        totals[:, 2:] = (totals[:, 2:] - overall[:, None]).where(is_local, 0.0)
-        dist.all_reduce(totals, group=head.group)
-
-        log_total = totals[:, 0].log()
-        normaliser = overall + log_total
-        entropies = normaliser - totals[:, 1] / totals[:, 0] if head.entropy else None
-        ctx.save_for_backward(hidden, weight, ids, normaliser, entropies)
-        ctx.head = head
-        return totals[:, 2:] - log_total[:, None], entropies
+        blocks = projection.blocks(projection.gather(hidden), weight)
+        scores = score(blocks, weight, ids, projection, entropy=entropy)
+        ctx.save_for_backward(hidden, weight, ids, scores.normaliser, scores.entropies)
+        ctx.projection = projection
+        return scores.logprobs, scores.entropies
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, gradient: torch.Tensor, entropy_gradient: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         hidden, weight, ids, normaliser, entropies = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        whole = ctx.head.gather(hidden)
-        used = (gradient != 0).any(dim=1)
-        if entropies is not None:
-            used |= entropy_gradient != 0
-        per_row = [whole, ids, gradient, normaliser, entropies, entropy_gradient]
-        if not used.all():
-            per_row = [None if tensor is None else tensor[used] for tensor in per_row]
-        by_used, by_weight = _local_gradients(*per_row, weight, ctx.head, wanted)
-        if not wanted[0]:
-            return None, by_weight, None, None
-        by_hidden = by_used
-        if len(by_used) < len(whole):
-            by_hidden = by_used.new_zeros(whole.shape)
-            by_hidden[used] = by_used
-        return ctx.head.sum(by_hidden).to(hidden.dtype), by_weight, None, None
+        whole = ctx.projection.gather(hidden)
+        gradients = _zeros(whole, weight, ctx.needs_input_grad)
+        upstream = Upstream(whole, ids, gradient, normaliser, entropies, entropy_gradient)
+        _add_used(upstream, weight, ctx.projection, *gradients)
+        return *_complete(hidden, ctx.projection, *gradients), None, None, None
 
 
-def _local_sums(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, head: _Head
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Over this rank's columns: the largest logit m [T], and [T, 2 + C]: sum(exp(z - m)), sum(exp(z - m) z), logits.
+class _HiddenLoss(torch.autograd.Function):
+    """Saves the gradients."""
 
-    The second sum is 0 unless the entropy is asked for. The logit of an id that is not in this rank's rows is 0.
-    """
-    highest = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-    totals = hidden.new_zeros(len(hidden), 2 + ids.shape[1], dtype=torch.float32)
-    for columns, rows, logits in head.blocks(hidden, weight):
-        local, inside = _locate(ids[rows], head.first(weight), columns)
-        totals[rows, 2:] += logits.gather(1, local).where(inside, 0.0)
-        peak = torch.maximum(highest[rows], logits.amax(dim=1))
-        totals[rows, :2] *= (highest[rows] - peak).exp()[:, None]
-        highest[rows] = peak
-        raw = logits.clone() if head.entropy else None
-        exponentials = logits.sub_(peak[:, None]).exp_()
-        totals[rows, 0] += exponentials.sum(dim=1)
-        if raw is not None:
-            totals[rows, 1] += raw.mul_(exponentials).sum(dim=1)
-    return highest, totals
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, projection: Projection, loss: Loss
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = projection.gather(hidden)
+        by_hidden, by_weight = _zeros(whole, weight, ctx.needs_input_grad)
+        keep = weight.dtype == at_least_float32(weight)
+        part = projection.block[0] if keep else len(whole)
+        room = whole.new_empty(min(part, len(whole)) * len(weight)) if keep else None
+        total, found = torch.zeros((), device=whole.device), []
+        for start in range(0, len(whole), part):
+            at = slice(start, min(start + part, len(whole)))
+            blocks, kept = projection.blocks(whole[at], weight, room), None
+            if keep:
+                blocks, kept = tee(blocks)
+            scores = score(blocks, weight, ids[at], projection, entropy=False)
+            with torch.enable_grad():
+                leaf = scores.logprobs.requires_grad_()
+                logprobs = _known(leaf, ids[at], projection)
+                share = loss(logprobs, at)
+                (gradient,) = torch.autograd.grad(share, leaf)
+            total += share.detach()
+            found.append(logprobs.detach())
+            upstream = Upstream(whole[at], ids[at], gradient, scores.normaliser)
+            _add_used(upstream, weight, projection, None if by_hidden is None else by_hidden[at], by_weight, kept)
+        ctx.save_for_backward(*_complete(hidden, projection, by_hidden, by_weight))
+        logprobs = torch.cat(found)
+        ctx.mark_non_differentiable(logprobs)
+        return total, logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, gradient: torch.Tensor, unused: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        scaled = (None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors)
+        return *scaled, None, None, None
 
 
-def _local_gradients(
-    hidden: torch.Tensor,
-    ids: torch.Tensor,
-    gradient: torch.Tensor,
-    normaliser: torch.Tensor,
-    entropies: torch.Tensor | None,
-    entropy_gradient: torch.Tensor | None,
-    weight: torch.Tensor,
-    head: _Head,
-    wanted: tuple[bool, bool],
+def _known(logprobs: torch.Tensor, ids: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """-inf where the id is not in the vocabulary."""
+    return logprobs.where((ids >= 0) & (ids < projection.vocab_size), -torch.inf)
+
+
+def _zeros(
+    whole: torch.Tensor, weight: torch.Tensor, needed: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """This rank's columns' part of the gradient of ``hidden``, at least in float32, and the gradient of ``weight``."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    by_hidden = torch.zeros_like(hidden, dtype=wide) if wanted[0] else None
-    by_weight = torch.zeros_like(weight) if wanted[1] else None
-    by_columns = None
-    gradient = gradient / head.temperature
-    sums = gradient.sum(dim=1, keepdim=True)
-    for columns, rows, logits in head.blocks(hidden, weight):
-        # d logprob_c / d logits = one-hot(id_c) - p;  d entropy / d logits = -p (log p + entropy)
-        logits.sub_(normaliser[rows, None])
-        if entropies is None:
-            by_logits = logits.exp_().mul_(-sums[rows])
-        else:
-            factor = (entropy_gradient[rows, None] / -head.temperature) * (logits + entropies[rows, None])
-            by_logits = logits.exp_().mul_(factor.sub_(sums[rows]))
-        local, inside = _locate(ids[rows], head.first(weight), columns)
-        by_logits = by_logits.scatter_add_(1, local, gradient[rows].where(inside, 0.0)).to(hidden.dtype)
-        if by_hidden is not None:
-            _add_product(by_hidden[rows], by_logits, weight[columns])
-        if by_weight is not None:
-            if rows.start == 0:
-                by_columns = torch.zeros_like(by_weight[columns], dtype=wide)
-            _add_product(by_columns, by_logits.T, hidden[rows])
-            if rows.stop == len(hidden):
-                by_weight[columns] = by_columns
-    return by_hidden, by_weight
+    """Where the gradients of all positions and of the weight are added up, if they are needed."""
+    by_hidden = torch.zeros_like(whole, dtype=at_least_float32(whole)) if needed[0] else None
+    return by_hidden, torch.zeros_like(weight) if needed[1] else None
 
 
-def _locate(ids: torch.Tensor, first: int, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each id is among a block's columns (somewhere, if it is not), and whether it is there."""
-    local = ids - (first + columns.start)
-    width = columns.stop - columns.start
-    return local.clamp(0, width - 1), (local >= 0) & (local < width)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, where ``total`` may be of a wider type."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
+def _add_used(
+    upstream: Upstream,
+    weight: torch.Tensor,
+    projection: Projection,
+    by_hidden: torch.Tensor | None,
+    by_weight: torch.Tensor | None,
+    kept: Iterable[Block] | None = None,
+) -> None:
+    """Add the gradients of positions that have one; without ``kept``, the logits of these are made again."""
+    used = upstream.used()
+    rows = upstream.only(used)
+    some = rows is not upstream
+    if kept is None:
+        blocks = projection.blocks(rows.hidden, weight)
+    elif some:
+        blocks = ((columns, slice(0, len(rows.hidden)), logits[used]) for columns, _, logits in kept)
     else:
-        total.add_(left @ right)
+        blocks = kept
+    into = torch.zeros_like(rows.hidden, dtype=by_hidden.dtype) if some and by_hidden is not None else by_hidden
+    add_gradients(blocks, rows, weight, projection, into, by_weight)
+    if into is not by_hidden:
+        by_hidden[used] = into
+
+
+def _complete(
+    hidden: torch.Tensor, projection: Projection, by_hidden: torch.Tensor | None, by_weight: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of this rank's positions and weight, from what every rank's columns add to all positions."""
+    return None if by_hidden is None else projection.sum(by_hidden).to(hidden.dtype), by_weight

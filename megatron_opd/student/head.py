@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 
-from megatron_opd.student.fused_logprob import hidden_logprobs
+from megatron_opd.student.fused_logprob import Loss, hidden_logprobs, hidden_loss
 
 
 def return_hidden_states(model: GPTModel) -> GPTModel:
@@ -37,15 +37,22 @@ class Head:
 
     def logprobs(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The model's output for one row, [1, T, H] or a rank's part of it -> log-probs of ``ids`` [T, C]."""
+        logprobs, _ = hidden_logprobs(hidden.squeeze(0), self._weight(), ids, self.vocab_size, **self._split())
+        return logprobs
+
+    def loss(self, hidden: torch.Tensor, ids: torch.Tensor, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
+        """``loss`` of these log-probs, to be differentiated, and the log-probs, without gradient."""
+        return hidden_loss(hidden.squeeze(0), self._weight(), ids, loss, self.vocab_size, **self._split())
+
+    def _weight(self) -> torch.Tensor:
+        """[V / tp, H]."""
         model = unwrap_model(self.model)
         shared = model.share_embeddings_and_output_weights
-        weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
-        logprobs, _ = hidden_logprobs(
-            hidden.squeeze(0),
-            weight,
-            ids,
-            self.vocab_size,
-            parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=model.config.sequence_parallel,
-        )
-        return logprobs
+        return model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+
+    def _split(self) -> dict[str, Any]:
+        """How the vocabulary, and the positions, lie on the ranks."""
+        return {
+            "group": parallel_state.get_tensor_model_parallel_group(),
+            "sequence_parallel": unwrap_model(self.model).config.sequence_parallel,
+        }

@@ -1,145 +1,241 @@
-"""Weight refresh, trainer side: the student's weights reach the rollout engine by broadcast, and are proven there.
+"""Weight refresh, trainer side: the student's weights reach the rollout engines, and are proven there.
 
-Rank 0 of the trainer and the engine's ranks form a process group of their own. The weights are gathered tensor by
-tensor under their Hugging Face names, so no rank ever holds a second model, and leave in buckets. Afterwards the
-engine's log-probs of a fixed probe sequence must equal the trainer's: a wrong name map, a lost tensor or a stale cache
-stops the run here and not in the learning curve.
+The weights are gathered tensor by tensor under their Hugging Face names, so no rank ever holds a second model, and the
+first rank sends them in buckets (``transports``). Afterwards each engine must name the new version, and its log-probs
+of a fixed probe sequence must equal the trainer's: a wrong name map, a lost tensor or a stale cache stops the run here
+and not in the learning curve.
+
+    any engine --answers nothing----------------> out, tried again at the next refresh
+               --says that it failed------------> sent everything once more, then out
+               --other version or log-probs-----> out
+               --all well-----------------------> live
+
+An engine that is out is half updated at worst: its requests are aborted, and nobody may ask it for responses until a
+later refresh has found it live. docs/refresh.md tells it at length.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    Backend,
-    PrefixStore,
-    _new_process_group_helper,  # private, but the engine uses it too: both ends must derive the same keys
-)
 
 from megatron_opd.config import RefreshConfig
-from megatron_opd.engines.sglang import SGLangClient, WeightBucket, split_rows
-from megatron_opd.errors import RefreshError
+from megatron_opd.engines.token_rows import split_rows
+from megatron_opd.engines.weights import WeightClient
+from megatron_opd.errors import OpdError, RefreshError
+from megatron_opd.runtime.http import TransientError
 from megatron_opd.student.build import Student
 from megatron_opd.student.export import hf_weights
 from megatron_opd.student.step import sequence_logprobs
+from megatron_opd.student.transports import TRANSPORTS, Place, Sent, Transport
+from megatron_opd.student.transports.base import each, soon
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
+TRIES = 3  # for an engine that says itself that it failed, or that was in a group with one that did
+PAUSE_S = 1.0  # between two looks at engines of which none answers
 
 
 @dataclass(frozen=True)
 class Refreshed:
-    """How one refresh went; the same type on every rank, filled on rank 0."""
+    """How one refresh went; the same type on every rank, filled on the first."""
 
     seconds: float = 0.0
     bytes: int = 0
-    probe_difference: float = 0.0
+    probe_difference: float = 0.0  # largest of all live engines
+    live: tuple[str, ...] = ()  # URLs
+    out: dict[str, str] = field(default_factory=dict)  # URL -> why
 
 
 class WeightRefresh:
-    """The way from one student to one rollout engine. Made by ``connect``; every rank calls ``push``."""
+    """The way from one student to its rollout engines. Made by ``connect``; every rank calls ``push``."""
 
     def __init__(
-        self, config: RefreshConfig, vocab_size: int, client: SGLangClient | None, group: dist.ProcessGroup | None
+        self, config: RefreshConfig, vocab_size: int, engines: Sequence[WeightClient], transport: Transport | None
     ) -> None:
-        self._config = config
-        self._client, self._group = client, group  # both None on other ranks than 0
+        self._config, self._engines = config, tuple(engines)
+        self._transport = transport  # None on other ranks than the first
         # A fixed sequence of ordinary ids: what it says does not matter, only that both ends agree on it.
         self._probe = np.random.default_rng(0).integers(0, vocab_size, PROBE_TOKENS)
+        self._versions: dict[WeightClient, str] = {}  # of engines that were found live
 
     @classmethod
-    async def connect(
-        cls, config: RefreshConfig, client: SGLangClient | None, host: str, port: int, vocab_size: int
+    def connect(
+        cls, config: RefreshConfig, engines: Sequence[WeightClient], place: Place, vocab_size: int
     ) -> WeightRefresh:
-        """Form the group with the engine behind ``client``, which only rank 0 passes. Raises EngineError."""
-        if client is None:
-            return cls(config, vocab_size, None, None)
-        world = 1 + (await client.server_info())["tp_size"]
-        backend = "nccl" if dist.get_backend() == "nccl" else "gloo"
-        # A name of its own: an engine that outlives a killed run may still know that one's group.
-        name = f"megatron_opd_{secrets.token_hex(4)}"
-        _, group = await asyncio.gather(
-            client.join_weight_group(host, port, world, backend, name),
-            asyncio.to_thread(_open_group, name, backend, host, port, world, config.timeout_s),
-        )
-        return cls(config, vocab_size, client, group)
+        """``engines``: all there are, on the first rank; none on the others."""
+        return cls(config, vocab_size, engines, TRANSPORTS[config.mode](config, place) if engines else None)
 
     async def close(self) -> None:
-        """Let the engine forget the group: a server that the run was attached to goes on without it."""
-        if self._client is not None:
-            await self._client.leave_weight_group(self._group.group_name)
+        """Let the engines forget what they know of the trainer: one that the run was attached to goes on."""
+        if self._transport is not None:
+            await self._transport.close()
 
     async def push(self, student: Student, version: int) -> Refreshed:
         """Send all weights as ``version`` and compare the probe. Every rank calls it.
 
-        Raises RefreshError when the engine's version or log-probs are not the trainer's, EngineError when it refuses.
+        Returns when at least one engine is live. Raises RefreshError when every engine that can be reached has other
+        weights than the trainer afterwards, or when none could be reached for ``recovery_s``.
         """
+        if self._transport is None:
+            return self._take_part(student)
         began = time.monotonic()
-        weights = hf_weights(student)
-        if self._client is None:
-            for _ in weights:  # takes part in the gathering, keeps nothing
-                pass
-            sequence_logprobs(student, self._probe)
-            return Refreshed()
-        async with asyncio.timeout(self._config.timeout_s):
-            await self._client.begin_weight_update()
-            sent = await self._send(weights, version)
-            await self._client.end_weight_update()
-        seconds = time.monotonic() - began
-        await self._check_version(version)
-        return Refreshed(seconds, sent, await self._check_probe(student, version))
+        while True:
+            attempt = _Attempt()
+            await self._attempt(student, version, attempt)
+            seconds = time.monotonic() - began
+            ours = sequence_logprobs(student, self._probe)
+            await self._verify(attempt, ours, version)
+            for engine, error in attempt.out.items():
+                logger.warning("the engine %s is out of rotation: %s", engine.url, error)
+            _share(student, not attempt.differences)
+            if attempt.differences:
+                break
+            late = time.monotonic() - began > self._config.recovery_s
+            reason = next((error for error in attempt.out.values() if late or not _may_return(error)), None)
+            if reason is not None:
+                raise reason
+        return Refreshed(
+            seconds=seconds,
+            bytes=attempt.bytes,
+            probe_difference=max(attempt.differences.values()),
+            live=tuple(engine.url for engine in self._engines if engine in attempt.differences),
+            out={engine.url: error.what for engine, error in attempt.out.items()},
+        )
 
-    async def _send(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> int:
-        """Broadcast bucket after bucket; the last one flushes the engine's prefix cache. Returns the bytes."""
-        sent, bucket = 0, next(buckets := _buckets(weights, self._config.bucket_mb << 20))
-        while bucket is not None:
-            following = next(buckets, None)
-            sent += await self._broadcast(bucket, version, last=following is None)
-            bucket = following
+    def _take_part(self, student: Student) -> Refreshed:
+        """What the other ranks do: they help to gather, as often as the first rank says."""
+        again = True
+        while again:
+            while again:
+                for _ in hf_weights(student):  # keeps nothing
+                    pass
+                again = _share(student)
+            sequence_logprobs(student, self._probe)
+            again = _share(student)
+        return Refreshed()
+
+    # ---------------------------------------------------------------- sending
+
+    async def _attempt(self, student: Student, version: int, attempt: _Attempt) -> None:
+        """Send until every engine has the weights or is out."""
+        waiting = await self._look(attempt)
+        while True:
+            weights = hf_weights(student)
+            sent = await self._deliver(waiting, weights, version)
+            for _ in weights:  # what a failure left: the other ranks gather to the end
+                pass
+            attempt.bytes = max(attempt.bytes, sent.bytes)
+            attempt.sent += [engine for engine in waiting if engine not in sent.failed]
+            waiting = self._sort_out(sent, attempt)
+            _share(student, bool(waiting))
+            if not waiting:
+                return
+
+    async def _look(self, attempt: _Attempt) -> list[WeightClient]:
+        """Engines that answer; waits for the first one. Raises RefreshError after ``recovery_s``."""
+        deadline = time.monotonic() + self._config.recovery_s
+        while True:
+            failed = await each(self._engines, self._check_known)
+            if len(failed) < len(self._engines):
+                attempt.out = dict(failed)
+                return [engine for engine in self._engines if engine not in failed]
+            if time.monotonic() > deadline:
+                raise RefreshError(
+                    "No rollout engine can be reached",
+                    where=", ".join(engine.url for engine in self._engines),
+                    got=f"for {self._config.recovery_s:g} s: {next(iter(failed.values()))}",
+                    fix="look at the engines' logs",
+                )
+            await asyncio.sleep(PAUSE_S)
+
+    async def _check_known(self, engine: WeightClient) -> None:
+        """Raise when an engine does not answer. One that has been restarted knows nothing of what was agreed upon."""
+        version = await soon(engine, engine.weight_version())
+        if version != self._versions.get(engine):
+            self._transport.forget(engine)
+
+    async def _deliver(
+        self, engines: Sequence[WeightClient], weights: Iterator[tuple[str, torch.Tensor]], version: int
+    ) -> Sent:
+        """One pass, while responses under way are paused as the config says. Those of an engine that fails are lost."""
+        mode = self._config.pause
+        if mode == "none":
+            sent = await self._transport.send(engines, weights, version, flush=True)
+            await _abort(sent.failed)
+            return sent
+        failed = await each(engines, lambda engine: engine.pause(mode))
+        paused = [engine for engine in engines if engine not in failed]
+        sent = Sent(failed=failed)
+        try:
+            if paused:
+                # With running requests in the cache it cannot be emptied.
+                sent = await self._transport.send(paused, weights, version, flush=mode != "in_place")
+                sent.failed |= failed
+        finally:
+            await _abort(sent.failed)
+            sent.failed |= await each(paused, WeightClient.resume)
         return sent
 
-    async def _broadcast(self, bucket: list[tuple[str, torch.Tensor]], version: int, *, last: bool) -> int:
-        names, tensors = zip(*bucket, strict=True)
-        description = WeightBucket(
-            names=list(names),
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-            shapes=[list(tensor.shape) for tensor in tensors],
-        )
-        payload = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
-        request = asyncio.create_task(
-            self._client.receive_bucket(description, self._group.group_name, flush=last, version=version)
-        )
-        work = self._group.broadcast([payload], _from_rank_0())
-        await request  # first: when the engine refuses, nobody will ever join the broadcast
-        work.wait()
-        return payload.nbytes
+    @staticmethod
+    def _sort_out(sent: Sent, attempt: _Attempt) -> list[WeightClient]:
+        """Engines that get another try; the others that failed are out."""
+        again = []
+        for engine, error in sent.failed.items():
+            attempt.tries[engine] += 1
+            if _may_return(error) or attempt.tries[engine] == TRIES:
+                attempt.out[engine] = error
+            else:
+                again.append(engine)
+        return again
 
-    async def _check_version(self, version: int) -> None:
-        live = await self._client.weight_version()
+    # -------------------------------------------------------------- verifying
+
+    async def _verify(self, attempt: _Attempt, ours: np.ndarray, version: int) -> None:
+        """Compare every engine that was sent the weights with the trainer, and engines with each other."""
+        digests: dict[WeightClient, tuple[int, str]] = {}  # layout and checksum
+
+        async def check(engine: WeightClient) -> None:
+            await self._check_version(engine, version)
+            attempt.differences[engine] = await self._check_probe(engine, ours, version)
+            if len(attempt.sent) > 1 and (digest := await engine.weights_checksum()) is not None:
+                digests[engine] = await engine.tensor_parallel(), digest
+
+        wrong = await each(attempt.sent, check)
+        wrong |= _disagreeing({engine: digest for engine, digest in digests.items() if engine not in wrong})
+        await _abort(wrong)
+        attempt.out |= wrong
+        for engine in wrong:
+            attempt.differences.pop(engine, None)
+        self._versions = dict.fromkeys(attempt.differences, str(version))
+
+    async def _check_version(self, engine: WeightClient, version: int) -> None:
+        live = await engine.weight_version()
         if live != str(version):
             raise RefreshError(
                 "The rollout engine did not take the new weight version",
-                where=self._client.url,
+                where=engine.url,
                 got=live,
                 expected=version,
             )
 
-    async def _check_probe(self, student: Student, version: int) -> float:
-        ours = sequence_logprobs(student, self._probe)
-        reply = await self._client.prompt_logprobs(self._probe.tolist(), start=0)
+    async def _check_probe(self, engine: WeightClient, ours: np.ndarray, version: int) -> float:
+        reply = await engine.prompt_logprobs(self._probe.tolist(), start=0)
         theirs = split_rows(reply["meta_info"]["input_token_logprobs"])[0][1:]
         difference = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
         if not difference <= self._config.probe_tolerance:  # also true for NaN
             raise RefreshError(
                 "After a weight refresh the rollout engine's log-probs are not the trainer's",
-                where=f"{self._client.url}, weight version {version}, probe of {PROBE_TOKENS} tokens",
+                where=f"{engine.url}, weight version {version}, probe of {PROBE_TOKENS} tokens",
                 got=f"largest difference {difference:.3g}",
                 expected=f"at most {self._config.probe_tolerance:g}",
                 fix="compare the precision of student and engine (student.dtype, engine.dtype), then the name map",
@@ -147,31 +243,43 @@ class WeightRefresh:
         return difference
 
 
-def _buckets(weights: Iterator[tuple[str, torch.Tensor]], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Group tensors, in order, into lists of at most ``limit`` bytes; a larger tensor goes alone."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in weights:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+@dataclass
+class _Attempt:
+    """One attempt to give all engines the weights, as far as it has come."""
+
+    bytes: int = 0
+    sent: list[WeightClient] = field(default_factory=list)  # these say that they have them
+    differences: dict[WeightClient, float] = field(default_factory=dict)  # of the probe; these have proven it
+    out: dict[WeightClient, OpdError] = field(default_factory=dict)
+    tries: Counter[WeightClient] = field(default_factory=Counter)
 
 
-def _open_group(name: str, backend: str, host: str, port: int, world: int, timeout_s: float) -> dist.ProcessGroup:
-    timeout = timedelta(seconds=timeout_s)
-    # Not torch's rendezvous(): under torchrun that one looks for the launcher's store instead of opening this one.
-    store = dist.TCPStore(host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
-    group, _ = _new_process_group_helper(
-        world, 0, [], Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
-    )
-    return group
+def _may_return(error: OpdError) -> bool:
+    """Whether it was silence: an engine that is started again may be well then, one that answers wrongly will not."""
+    return isinstance(error, TransientError)
 
 
-def _from_rank_0() -> dist.BroadcastOptions:
-    options = dist.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    return options
+def _disagreeing(digests: dict[WeightClient, tuple[int, str]]) -> dict[WeightClient, OpdError]:
+    """All engines of a layout in which not all have the same weights: nobody knows which of them are right."""
+    found: dict[WeightClient, OpdError] = {}
+    for layout in {layout for layout, _ in digests.values()}:
+        same = {engine: digest for engine, (other, digest) in digests.items() if other == layout}
+        if len(set(same.values())) > 1:
+            for engine, digest in same.items():
+                expected = "the same for all of " + ", ".join(other.url for other in same)
+                what = "Rollout engines have different weights after one refresh"
+                found[engine] = RefreshError(what, where=engine.url, got=digest, expected=expected)
+    return found
+
+
+async def _abort(engines: Iterable[WeightClient]) -> None:
+    """End the requests of engines whose weights are no version's: not one token of theirs may be trained on."""
+    for engine, error in (await each(engines, lambda engine: soon(engine, engine.abort_all()))).items():
+        logger.info("the requests of %s could not be aborted: %s", engine.url, error)
+
+
+def _share(student: Student, value: bool = False) -> bool:
+    """The first rank's ``value``, on all ranks."""
+    flag = torch.tensor([value], dtype=torch.int32, device=student.device)
+    dist.broadcast(flag, src=0)
+    return bool(flag)

@@ -16,7 +16,12 @@ from megatron_opd.student.build import Student
 from megatron_opd.student.context import lengthen, positions_of_rank
 
 # The batch's arrays that only the loss reads, in the order in which rows are made.
-_LOSS_ARRAYS = ("advantages", "behaviour_logprobs", "weights", "forward_weights", "top_ids", "top_logprobs")
+_LOSS_ARRAYS = (
+    *("advantages", "behaviour_logprobs", "weights", "lags", "slopes"),
+    *("forward_weights", "top_ids", "top_logprobs"),
+)
+
+_WHOLE = ("lags", "top_ids")  # whole numbers
 
 _FP8_TOKENS = 16  # Transformer Engine's 8-bit products need a multiple of this many tokens on each rank
 
@@ -35,6 +40,8 @@ class Row:
     advantages: torch.Tensor  # [T] float32
     behaviour_logprobs: torch.Tensor  # [T] float32
     weights: torch.Tensor  # [T] float32
+    lags: torch.Tensor  # [T] int64
+    slopes: torch.Tensor  # [T] float32
     forward_weights: torch.Tensor  # [T] float32
     top_ids: torch.Tensor  # [T, K] int64
     top_logprobs: torch.Tensor  # [T, K] float32
@@ -100,7 +107,7 @@ def _plain_row(student: Student, tokens: np.ndarray) -> Row:
     """One sequence of L >= 1 tokens that weighs nothing."""
     length = len(tokens)
     nothing, no_rows = np.zeros(length, np.float32), np.zeros((length, 0), np.float32)
-    no_loss = (nothing, nothing, nothing, nothing, no_rows, no_rows)
+    no_loss = (nothing, nothing, nothing, nothing, nothing, nothing, no_rows, no_rows)
     return _make_row(student, tokens, np.append(tokens[1:], 0), *no_loss, np.array([0, length]))
 
 
@@ -130,7 +137,7 @@ def _make_row(student: Student, tokens: np.ndarray, labels: np.ndarray, *arrays:
         origins=torch.from_numpy(origins).to(device=device),
         length=len(tokens),
         **{
-            name: move(array, torch.int64 if name == "top_ids" else torch.float32)
+            name: move(array, torch.int64 if name in _WHOLE else torch.float32)
             for name, array in zip(_LOSS_ARRAYS, loss_arrays, strict=True)
         },
     )

@@ -11,10 +11,12 @@ from megatron_opd.config import Config, StudentConfig
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
 
 # Decoders that mbridge converts and decoder_spec builds.
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 # Fields of config.json that change the arithmetic and that the conversion does not carry over.
 _FIXED_FIELDS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+_LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}  # Megatron's own
+_MISTRAL_WINDOW = 4096  # of a config.json that names none, in transformers
 _FIXED_EXPERT_FIELDS = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # every layer has experts
 
 
@@ -47,12 +49,18 @@ def check_sizes(config: Config, hf_config: dict[str, Any]) -> None:
 
 def size_mistakes(config: Config, hf_config: dict[str, Any]) -> list[OpdError]:
     """What ``check_sizes`` would raise, a list of all. Sizes are looked at only where the model is one we build."""
+    found = student_mistakes(config.student, hf_config)
+    return found if any(isinstance(error, ModelError) for error in found) else [*found, *_schedule_mistakes(config)]
+
+
+def student_mistakes(student: StudentConfig, hf_config: dict[str, Any]) -> list[OpdError]:
+    """What is wrong with the model, or else with how ``student`` spreads it over ranks."""
     try:
-        _check_model(config, hf_config)
-        split = list(_split_mistakes(config, hf_config))
+        _check_model(student, hf_config)
+        split = list(_split_mistakes(student, hf_config))
     except ModelError as error:
         return [error]
-    return [*split, *_layout_mistakes(config.student), *_schedule_mistakes(config)]
+    return [*split, *_layout_mistakes(student)]
 
 
 def check_world_size(student: StudentConfig, world_size: int) -> None:
@@ -69,8 +77,8 @@ def check_world_size(student: StudentConfig, world_size: int) -> None:
         )
 
 
-def _check_model(config: Config, hf_config: dict[str, Any]) -> None:
-    where = config.student.model / "config.json"
+def _check_model(student: StudentConfig, hf_config: dict[str, Any]) -> None:
+    where = student.model / "config.json"
     model_type = hf_config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ModelError(
@@ -88,15 +96,38 @@ def _check_model(config: Config, hf_config: dict[str, Any]) -> None:
                 got=hf_config[field],
                 expected=expected,
             )
+    _check_rope(where, hf_config)
+    if model_type == "mistral":
+        _check_window(where, hf_config)
+
+
+def _check_rope(where: Path, hf_config: dict[str, Any]) -> None:
+    """Raise ModelError unless the rotary angles are plain, or scaled in the one way that Megatron knows."""
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ModelError(
-            "The student's rotary embedding is scaled, which is not supported",
-            where=f"{where}: rope_parameters",
-            got=rope_type,
-            expected="default",
-        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default" or (kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_ROPE.items())):
+        return
+    raise ModelError(
+        "The student's rotary embedding is scaled in a way that is not supported",
+        where=f"{where}: rope_parameters",
+        got=rope,
+        expected=f"rope_type default, or llama3 with {_LLAMA3_ROPE} and any factor",
+    )
+
+
+def _check_window(where: Path, hf_config: dict[str, Any]) -> None:
+    """Raise ModelError when a token could be further away than the attention of Mistral's layers reaches."""
+    window = hf_config.get("sliding_window", _MISTRAL_WINDOW)
+    context = hf_config.get("max_position_embeddings")
+    if window is None or (context is not None and context <= window):
+        return
+    raise ModelError(
+        "The student's attention reaches less far than its context, which is not supported",
+        where=f"{where}: sliding_window, max_position_embeddings",
+        got=f"a window of {window} tokens in a context of {'unknown size' if context is None else context}",
+        expected="sliding_window null, or at least max_position_embeddings",
+        fix=f"where no sequence is longer than that, set max_position_embeddings to {window}",
+    )
 
 
 def has_experts(hf_config: dict[str, Any]) -> bool:
@@ -104,15 +135,18 @@ def has_experts(hf_config: dict[str, Any]) -> bool:
     return str(hf_config.get("model_type")).endswith("_moe")
 
 
-def _split_mistakes(config: Config, hf_config: dict[str, Any]) -> Iterator[OpdError]:
+def experts_field(hf_config: dict[str, Any]) -> str:
+    """Under which name a config.json has the number of experts: that of transformers 4 or 5."""
+    return "num_experts" if "num_experts" in hf_config else "num_local_experts"
+
+
+def _split_mistakes(student: StudentConfig, hf_config: dict[str, Any]) -> Iterator[OpdError]:
     """Sizes of the model that the ranks cannot share evenly."""
-    student = config.student
 
     def size(field: str) -> int:
-        return _size(config, hf_config, field)
+        return read_size(student.model, hf_config, field)
 
     heads = size("num_attention_heads")
-    experts = "num_experts" if "num_experts" in hf_config else "num_local_experts"  # transformers 4 and 5
     tensor, stages = student.tensor_parallel, student.pipeline_parallel * student.virtual_pipeline
     shares = [
         ("attention heads", heads, tensor, "tensor-parallel ranks", "tensor_parallel"),
@@ -127,7 +161,13 @@ def _split_mistakes(config: Config, hf_config: dict[str, Any]) -> Iterator[OpdEr
     ]
     if has_experts(hf_config):
         shares += [
-            ("experts", size(experts), student.expert_parallel, "expert-parallel ranks", "expert_parallel"),
+            (
+                "experts",
+                size(experts_field(hf_config)),
+                student.expert_parallel,
+                "expert-parallel ranks",
+                "expert_parallel",
+            ),
             (
                 "feed-forward units of an expert",
                 size("moe_intermediate_size"),
@@ -256,12 +296,13 @@ def _schedule_mistakes(config: Config) -> Iterator[OpdError]:
         )
 
 
-def _size(config: Config, hf_config: dict[str, Any], field: str) -> int:
+def read_size(model: Path, hf_config: dict[str, Any], field: str) -> int:
+    """A size out of the config.json of the folder ``model``. Raises ModelError when it has none."""
     size = hf_config.get(field)
     if not isinstance(size, int) or size < 1:
         raise ModelError(
             "The student's config.json lacks a size",
-            where=f"{config.student.model / 'config.json'}: {field}",
+            where=f"{model / 'config.json'}: {field}",
             got=size,
             expected="a positive whole number",
         )

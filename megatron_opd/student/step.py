@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_opd.config import LossConfig
 from megatron_opd.errors import OpdError
-from megatron_opd.recipe.policy_loss import forward_kl_loss, policy_loss
+from megatron_opd.recipe.policy_loss import forward_kl_loss, off_policy_loss, policy_loss
 from megatron_opd.records import PackedBatch
 from megatron_opd.student.build import Student
 from megatron_opd.student.head import Head
@@ -40,8 +40,11 @@ class StepMetrics:
     advantage: float
     abs_advantage: float
     clipped_share: float
-    abs_logprob_change: float
+    abs_logprob_change: float | None  # mean over the tokens that the current weights drew; None when there are none
     forward_kl: float  # weighted mean of the forward KL where it is asked for, nats
+    stale_share: float  # share of the tokens that older weights drew; the next two are of these alone
+    importance_weight: float | None  # mean; None when there are no such tokens
+    truncated_share: float | None
 
 
 # What is summed over all rows and ranks.
@@ -69,7 +72,7 @@ def train_step(student: Student, batch: PackedBatch, loss: LossConfig) -> StepMe
     learning_rate = student.optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = student.optimizer.step()
     student.scheduler.step(1)
-    return StepMetrics(grad_norm=float(grad_norm), learning_rate=learning_rate, **means)
+    return StepMetrics(grad_norm=float(grad_norm), learning_rate=learning_rate, **_of_their_tokens(means))
 
 
 def sequence_logprobs(student: Student, token_ids: np.ndarray) -> np.ndarray:
@@ -112,29 +115,31 @@ def _run(
     )
 
 
-def _row_logprobs(row: Row, head: Head, hidden: torch.Tensor) -> torch.Tensor:
-    """The model's output -> log-probs of each label and of the teacher's top-k ids, [T, 1 + K]."""
-    return head.logprobs(hidden, torch.cat([row.labels[:, None], row.top_ids], dim=1))
-
-
 def _loss_of_row(row: Row, head: Head, hidden: torch.Tensor, *, denominator: float, loss: LossConfig) -> LossOutput:
-    logprobs = _row_logprobs(row, head, hidden)
-    policy, metrics = policy_loss(
-        logprobs[:, 0],
-        row.behaviour_logprobs,
-        row.advantages,
-        row.weights,
-        denominator,
-        loss.clip_low,
-        loss.clip_high,
-    )
-    forward, forward_metrics = forward_kl_loss(logprobs[:, 1:], row.top_logprobs, row.forward_weights, denominator)
-    total = policy + forward
-    return total, _no_count(hidden), {"loss": total.detach(), **metrics, **forward_metrics}
+    def loss_at(logprobs: torch.Tensor, at: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """From log-probs of each label and of the teacher's top-k ids, [P, 1 + K], of the row's positions ``at``."""
+        own, behaviour, advantages = logprobs[:, 0], row.behaviour_logprobs[at], row.advantages[at]
+        weights, stale = row.weights[at], row.lags[at] > 0
+        fresh_weights, stale_weights = weights.masked_fill(stale, 0.0), weights.masked_fill(~stale, 0.0)
+        slopes, clips = row.slopes[at], (loss.clip_low, loss.clip_high)
+        parts = [
+            policy_loss(own, behaviour, advantages, fresh_weights, denominator, *clips),
+            off_policy_loss(own, behaviour, advantages, slopes, stale_weights, denominator, loss.importance_cap),
+            forward_kl_loss(logprobs[:, 1:], row.top_logprobs[at], row.forward_weights[at], denominator),
+        ]
+        metrics: dict[str, torch.Tensor] = {}
+        for _, found in parts:
+            metrics |= {name: metrics.get(name, 0.0) + value for name, value in found.items()}
+        return sum(part for part, _ in parts), metrics
+
+    ids = torch.cat([row.labels[:, None], row.top_ids], dim=1)
+    total, logprobs = head.loss(hidden, ids, lambda logprobs, at: loss_at(logprobs, at)[0])
+    _, metrics = loss_at(logprobs, slice(None))
+    return total, _no_count(hidden), {"loss": total.detach(), **metrics}
 
 
 def _logprobs_of_row(row: Row, head: Head, hidden: torch.Tensor) -> LossOutput:
-    logprobs = _row_logprobs(row, head, hidden)[:, 0]
+    logprobs = head.logprobs(hidden, row.labels[:, None])[:, 0]
     return logprobs.sum(), _no_count(hidden), {"logprobs": logprobs}
 
 
@@ -150,6 +155,14 @@ def _reduce(collected: list[dict[str, torch.Tensor]], device: torch.device) -> d
         total += torch.stack([row[name].double() for name in _SUMS])
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return dict(zip(_SUMS, from_last_stage(total).tolist(), strict=True))
+
+
+def _of_their_tokens(means: dict[str, float]) -> dict[str, float | None]:
+    """Means over all tokens -> over the stale or the fresh ones alone, where these are the ones that are meant."""
+    stale = means["stale_share"]
+    shares = {"importance_weight": stale, "truncated_share": stale, "abs_logprob_change": 1.0 - stale}
+    # Shares are float32 sums: below a thousandth, one may be nothing but rounding.
+    return means | {name: means[name] / share if share > 1e-3 else None for name, share in shares.items()}
 
 
 def _require_finite(name: str, value: float, version: int) -> None:

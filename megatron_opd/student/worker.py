@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
@@ -11,10 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_opd.config import Config
-from megatron_opd.engines.sglang import SGLangClient
-from megatron_opd.errors import ConfigError
+from megatron_opd.engines.connect import key_of
+from megatron_opd.engines.weights import WeightClient
 from megatron_opd.observe.role import run_role
-from megatron_opd.runtime.env import rank, secret
+from megatron_opd.runtime.env import rank
 from megatron_opd.runtime.http import wait_until_ready
 from megatron_opd.runtime.messages import RefreshReport, TrainerInfo
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
@@ -24,6 +25,7 @@ from megatron_opd.student.coordinator_client import CoordinatorClient
 from megatron_opd.student.export import export_hf
 from megatron_opd.student.refresh import Refreshed, WeightRefresh
 from megatron_opd.student.step import StepMetrics, train_step
+from megatron_opd.student.transports import Place
 
 logger = logging.getLogger("megatron_opd.student")  # not __name__, which is __main__ here
 
@@ -35,12 +37,15 @@ METRIC_NAMES = {
     "abs_advantage": "opd/abs_advantage",
     "clipped_share": "opd/clipped",
     "forward_kl": "opd/forward_kl",
-    "abs_logprob_change": "opd/engine_trainer_difference",  # strictly on-policy, both should be the same policy
+    "abs_logprob_change": "opd/engine_trainer_difference",  # of tokens of the current weights: should be one policy
+    "stale_share": "opd/stale_tokens",
+    "importance_weight": "opd/importance_weight",
+    "truncated_share": "opd/importance_truncated",
 }
 
 
 async def train(run: RunDirectory) -> None:
-    """Train to the last step; the rollout engine has the weights of every step before the next one begins."""
+    """Train to the last step; the rollout engines have the weights of every step before the next one begins."""
     config, endpoints, start = run.config(), run.endpoints(), run.start_step()
     init_distributed(config.student, config.seed)
     student = build_student(config)
@@ -52,7 +57,7 @@ async def train(run: RunDirectory) -> None:
     async with AsyncExitStack() as stack:
         coordinator = CoordinatorClient(endpoints.coordinator)
         stack.push_async_callback(coordinator.close)
-        refresh = await _connect(stack, config, endpoints, student)
+        refresh = await _connect(stack, config, run, endpoints, student)
         refreshed = await refresh.push(student, version=start)
         await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
         step, last = start, False
@@ -77,26 +82,23 @@ async def train(run: RunDirectory) -> None:
     dist.destroy_process_group()
 
 
-async def _connect(stack: AsyncExitStack, config: Config, endpoints: Endpoints, student: Student) -> WeightRefresh:
-    clients: list[SGLangClient] = []
-    if rank() == 0:
-        key_name = config.rollout.server.api_key_env
-        key = secret(key_name) if key_name else None
-        for url in endpoints.rollout:
-            await wait_until_ready(f"{url}/ready", config.engine.start_timeout_s)
-            clients.append(SGLangClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4, api_key=key))
-            stack.push_async_callback(clients[-1].close)
-    if len(clients) > 1:
-        raise ConfigError("Only one rollout engine can be refreshed", where="rollout.server", got=endpoints.rollout)
-    client = clients[0] if clients else None
-    return await WeightRefresh.connect(
-        config.refresh, client, endpoints.weights_host, endpoints.weights_port, student.bridge.vocab_size
-    )
+async def _connect(
+    stack: AsyncExitStack, config: Config, run: RunDirectory, endpoints: Endpoints, student: Student
+) -> WeightRefresh:
+    urls, key = (endpoints.rollout, key_of(config.rollout.server)) if rank() == 0 else ([], None)
+    await asyncio.gather(*(wait_until_ready(f"{url}/ready", config.engine.start_timeout_s) for url in urls))
+    engines = [WeightClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4, api_key=key) for url in urls]
+    for engine in engines:
+        stack.push_async_callback(engine.close)
+    shared = config.refresh.folder
+    folder = shared / run.identity() if shared else run.weights
+    place = Place(endpoints.weights_host, endpoints.weights_port, folder)
+    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size)
 
 
 def named_metrics(metrics: StepMetrics) -> dict[str, float]:
     """The step's numbers under the names of metrics.jsonl."""
-    return {METRIC_NAMES[name]: value for name, value in asdict(metrics).items()}
+    return {METRIC_NAMES[name]: value for name, value in asdict(metrics).items() if value is not None}
 
 
 async def _report(coordinator: CoordinatorClient, report: RefreshReport) -> None:
@@ -113,6 +115,8 @@ def _report_of(
         refresh_s=refreshed.seconds,
         refresh_bytes=refreshed.bytes,
         probe_difference=refreshed.probe_difference,
+        live=list(refreshed.live),
+        out=refreshed.out,
         info=info,
         training=training or {},
     )

@@ -11,6 +11,7 @@ from megatron_opd.data.tokenizer import load_tokenizer, same_template, same_toke
 from megatron_opd.engines.command import check_engine_python, resolve_device
 from megatron_opd.engines.vllm_command import check_vllm_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
+from megatron_opd.observe.sinks import check_sinks
 from megatron_opd.runtime.env import secret
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
 
@@ -21,6 +22,7 @@ def preflight(config: Config) -> None:
 
 
 def _mistakes(config: Config) -> Iterator[OpdError]:
+    yield from attempt(lambda: check_sinks(config.sinks))
     frozen = {f"teachers.{domain}": teacher for domain, teacher in config.teachers.items()}
     frozen |= {"reference": config.reference} if config.reference else {}
     servers = {"rollout.server": config.rollout.server} | config.frozen_servers

@@ -19,8 +19,11 @@ from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 # What may differ between the starts of one run: where and how it runs, and when it ends, but not what it computes.
 MAY_CHANGE = {
     *("name", "output", "existing", "steps", "max_generated_tokens"),
-    *("checkpoint", "evaluation", "data.eval", "data.eval_columns", "record", "coordinator", "difficulty", "refresh"),
+    *("checkpoint", "evaluation", "data.eval", "data.eval_columns", "record", "sinks", "coordinator"),
+    *("cluster", "difficulty", "refresh"),
     *("student.tensor_parallel", "student.data_parallel", "student.pipeline_parallel", "student.context_parallel"),
+    *("student.virtual_pipeline", "student.expert_parallel", "student.expert_tensor_parallel", "student.recompute"),
+    *("student.overlap_gradients", "student.overlap_parameters"),
     *("student.sequence_parallel", "student.threads_per_rank", "student.row_tokens"),
     *("engine.python", "engine.max_total_tokens", "engine.memory_fraction", "engine.start_timeout_s"),
     *("engine.request_timeout_s", "engine.max_concurrency"),

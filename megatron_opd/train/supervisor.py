@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from os import SEEK_END
 
 from megatron_opd.config import Config
 from megatron_opd.errors import ProcessError
 from megatron_opd.observe.console import RunConsole
-from megatron_opd.observe.recorder import Recorder, follow
-from megatron_opd.runtime.env import new_token
+from megatron_opd.observe.recorder import Recorder, follow, tell_failures
+from megatron_opd.runtime.env import environment, new_token, requeued
 from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
-from megatron_opd.runtime.supervision import POLL_S, answers, death, ignore_signals, late, signals_raise
+from megatron_opd.runtime.slurm import end_steps
+from megatron_opd.runtime.supervision import (
+    POLL_S,
+    StoppedBySignal,
+    answers,
+    death,
+    ignore_signals,
+    late,
+    signals_raise,
+)
+from megatron_opd.train.cluster import Cluster, find_cluster
 from megatron_opd.train.preflight import preflight
 from megatron_opd.train.resume import resume
-from megatron_opd.train.roles import Role, assign_endpoints, own_roles, server_roles
+from megatron_opd.train.roles import Role, assign_endpoints, on_nodes, own_roles, server_roles
 
 OLD_PROCESSES_S = 30.0  # longest wait for processes of a run that was just killed
 JOBS = ("coordinator", "student")  # these end by themselves; servers must not
@@ -29,8 +40,10 @@ def train(config: Config, console: RunConsole) -> dict:
     """
     console.checking()
     with signals_raise():
+        config = _as_requeued(config, console)
         preflight(config)
-        endpoints = assign_endpoints(config)
+        cluster = find_cluster(config, environment())
+        endpoints = assign_endpoints(config, cluster)
         goes_on = config.existing == "resume" and config.run_dir.exists()
         run = RunDirectory(config.run_dir) if goes_on else RunDirectory.create(config, endpoints)
         with run.occupied(OLD_PROCESSES_S):
@@ -39,13 +52,44 @@ def train(config: Config, console: RunConsole) -> dict:
             console.banner(config, run)
             adopt_orphans()
             try:
-                roles = server_roles(config, endpoints) + own_roles(run, endpoints, new_token())
-                _supervise(run, roles, config, console)
+                roles = _roles(run, config, endpoints, cluster)
+                with tell_failures("supervisor", Recorder(run.events, run.metrics)):
+                    _supervise(run, roles, config, console)
+            except StoppedBySignal as stop:
+                Recorder(run.events, run.metrics).event("stopped", signal=str(stop))
+                raise
             finally:
                 ignore_signals()  # the clean-up is not interrupted
                 console.stopping()
                 stop_all()
+                if cluster.allocation:
+                    end_steps(cluster.allocation.job)  # of srun commands that had to be killed
     return json.loads(run.summary.read_text())
+
+
+def dry_run(config: Config) -> list[str]:
+    """What ``train`` would start, a line each: the place of every role, then every command. Nothing is started.
+
+    Raises OpdError for all that ``train`` would refuse before it starts anything.
+    """
+    preflight(config)
+    cluster = find_cluster(config, environment())
+    endpoints = assign_endpoints(config, cluster)
+    lines = [f"{role:16} {place.told()}" for role, place in cluster.places.items()] or ["all processes on this machine"]
+    return lines + [shlex.join(role.argv) for role in _roles(RunDirectory(config.run_dir), config, endpoints, cluster)]
+
+
+def _roles(run: RunDirectory, config: Config, endpoints: Endpoints, cluster: Cluster) -> list[Role]:
+    token = new_token()
+    return on_nodes(server_roles(config, endpoints) + own_roles(run, config, endpoints, token, cluster), cluster, token)
+
+
+def _as_requeued(config: Config, console: RunConsole) -> Config:
+    """A job that SLURM starts again goes on with its run, whatever its command says about existing folders."""
+    if not requeued() or not config.run_dir.exists() or config.existing == "resume":
+        return config
+    console.requeued(config.existing)
+    return config.model_copy(update={"existing": "resume"})
 
 
 def _resume(run: RunDirectory, config: Config, endpoints: Endpoints, console: RunConsole) -> bool:
@@ -77,6 +121,7 @@ def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: Ru
             for name in [name for name, url in starting.items() if name in finished or answers(url)]:
                 del starting[name]
                 console.ready(name, time.monotonic() - began)
+            console.waiting(sorted(starting), time.monotonic() - began)
             if starting and time.monotonic() - began > config.engine.start_timeout_s:
                 raise late([child for child in children if child.name in starting], config.engine.start_timeout_s)
             time.sleep(POLL_S)

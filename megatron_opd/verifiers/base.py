@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.records import Outcome
+
+OWN_SHARE = 0.8  # of the timeout: what a verifier may use itself, so that it can say more than "timed out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +25,21 @@ class Verifier(Protocol):
     An answer that is wrong, missing or harmful is INCORRECT; a verifier that fails itself says UNKNOWN.
     """
 
-    def __init__(self, time_limit_s: float) -> None:
-        """``time_limit_s``: what one call should stay within; the pool kills the worker a little later."""
+    def __init__(self, config: VerifierConfig) -> None:
+        """Import what is heavy: a worker starts once. Raises OpdError if this verifier cannot work here."""
 
-    def verify(self, response: str, reference: str) -> Verdict:
-        """Judge ``response`` (decoded, without special tokens) by ``reference`` (``Prompt.answer``)."""
+    def verify(self, prompt: str, response: str, reference: str) -> Verdict:
+        """Judge ``response`` (decoded, without special tokens) by ``reference`` (``Prompt.answer``).
+
+        ``prompt`` is what the user said (``Prompt.text``). A call that takes longer than ``config.timeout_s`` is
+        ended by a kill of the worker; one that ends itself stays within ``own_limit_s``.
+        """
         ...
+
+
+def own_limit_s(config: VerifierConfig) -> float:
+    """Seconds that one call should stay within."""
+    return OWN_SHARE * config.timeout_s
 
 
 def correct(reason: str) -> Verdict:

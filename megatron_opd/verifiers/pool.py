@@ -1,7 +1,7 @@
 """A pool of worker processes that verify responses and can be killed one by one.
 
-    pool = VerifierPool({"math": "math", "code": "code"}, workers=2, timeout_s=5.0)
-    verdict = await pool.verify("math", r"... \boxed{18}", "18")     # Verdict(Outcome.CORRECT, "equal")
+    pool = VerifierPool(VerifierConfig(workers=2))
+    verdict = await pool.verify(prompt, r"... \boxed{18}")     # Verdict(Outcome.CORRECT, "equal")
     await pool.close()
 
 A response whose verification takes longer than ``timeout_s`` is UNKNOWN: its worker is killed and replaced, the
@@ -16,36 +16,34 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.errors import ConfigError, ProcessError
+from megatron_opd.records import Prompt
 from megatron_opd.runtime.env import child_environment
-from megatron_opd.verifiers import VERIFIERS, Verdict
+from megatron_opd.verifiers import Verdict
 from megatron_opd.verifiers.base import unknown
 from megatron_opd.verifiers.worker import verdict_of
 
 START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 LINGER_S = 1.0  # between closing its end of the pipe and exiting
-OWN_SHARE = 0.8  # of the timeout: what a verifier may use itself, so that it can say more than "timed out"
 
 
 class VerifierPool:
-    """``kinds`` maps a domain to a name in VERIFIERS; at most ``workers`` verifications run at the same time."""
+    """At most ``config.workers`` verifications run at the same time."""
 
-    def __init__(self, kinds: dict[str, str], workers: int, timeout_s: float) -> None:
-        for domain, kind in kinds.items():
-            if kind not in VERIFIERS:
-                raise ConfigError(
-                    "Unknown verifier", where=f"verifiers.kinds.{domain}", got=kind, expected=", ".join(VERIFIERS)
-                )
-        self._kinds = dict(kinds)
-        self._workers, self._timeout_s = workers, timeout_s
+    def __init__(self, config: VerifierConfig) -> None:
+        self._config = config
+        self._kinds = config.kinds
+        self._workers, self._timeout_s = config.workers, config.timeout_s
         self._processes: set[Process] = set()
         self._idle: asyncio.LifoQueue[Process | None] = asyncio.LifoQueue()  # None: a place without a process
-        for _ in range(workers):
+        for _ in range(self._workers):
             self._idle.put_nowait(None)
         self._closed = False
 
-    async def verify(self, domain: str, response: str, reference: str) -> Verdict:
+    async def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Judge one response. Raises ConfigError for an unknown domain and ProcessError if no worker can start."""
+        domain = prompt.domain
         if domain not in self._kinds:
             raise ConfigError(
                 "No verifier for this domain",
@@ -54,7 +52,7 @@ class VerifierPool:
                 expected=", ".join(sorted(self._kinds)),
                 fix=f'set verifiers.kinds.{domain}, to "none" if nothing can judge its responses',
             )
-        request = json.dumps([self._kinds[domain], response, reference]).encode() + b"\n"
+        request = json.dumps([self._kinds[domain], prompt.text, response, prompt.answer]).encode() + b"\n"
         process = await self._idle.get()
         answered = False
         try:
@@ -89,9 +87,8 @@ class VerifierPool:
             self._idle.put_nowait(None)
 
     async def _start(self) -> Process:
-        kinds = sorted(set(self._kinds.values()))
-        limit_s = OWN_SHARE * self._timeout_s
-        command = [sys.executable, "-m", "megatron_opd.verifiers.worker", str(os.getpid()), str(limit_s), *kinds]
+        config = self._config.model_dump_json()
+        command = [sys.executable, "-m", "megatron_opd.verifiers.worker", str(os.getpid()), config]
         environment = child_environment(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
         process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
         self._processes = {old for old in self._processes if old.returncode is None} | {process}

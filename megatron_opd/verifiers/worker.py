@@ -1,7 +1,8 @@
-"""A process that verifies one response after another: ``python -m megatron_opd.verifiers.worker PARENT LIMIT KIND...``.
+"""A process that verifies one response after another: ``python -m megatron_opd.verifiers.worker PARENT CONFIG``.
 
-Reads rows of JSON ``[kind, response, reference]`` from descriptor 0 and answers each with ``[outcome, reason]`` on
-descriptor 1, after one row ``"ready"``. Ends at the end of its input, and with its parent.
+CONFIG is the JSON of a VerifierConfig. Reads rows of JSON ``[kind, prompt, response, reference]`` from descriptor 0 and
+answers each with ``[outcome, reason]`` on descriptor 1, after one row ``"ready"``. Ends at the end of its input, and
+with its parent.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 from typing import IO
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.records import Outcome
 from megatron_opd.runtime.process import die_with_parent
 from megatron_opd.verifiers import VERIFIERS, Verdict, Verifier
@@ -24,25 +26,25 @@ REASON_LENGTH = 500
 
 def main(arguments: list[str]) -> None:
     """Serve until the input ends."""
-    parent, time_limit_s, kinds = int(arguments[0]), float(arguments[1]), arguments[2:]
+    parent, config = int(arguments[0]), VerifierConfig.model_validate_json(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         sys.exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     requests, replies = take_descriptors()
-    verifiers = {kind: VERIFIERS[kind](time_limit_s) for kind in kinds}
+    verifiers = {kind: VERIFIERS[kind](config) for kind in sorted(set(config.kinds.values()))}
     reply(replies, "ready")
     for line in requests:
-        kind, response, reference = json.loads(line)
-        verdict = judge(verifiers[kind], response, reference)
+        kind, *case = json.loads(line)
+        verdict = judge(verifiers[kind], *case)
         reply(replies, [int(verdict.outcome), clip(verdict.reason, REASON_LENGTH)])
 
 
-def judge(verifier: Verifier, response: str, reference: str) -> Verdict:
+def judge(verifier: Verifier, prompt: str, response: str, reference: str) -> Verdict:
     """The verifier's verdict, UNKNOWN if it raises."""
     try:
-        return verifier.verify(response, reference)
+        return verifier.verify(prompt, response, reference)
     except Exception as error:  # noqa: BLE001 - a defect of one verifier must not decide about a response
         return unknown(f"the verifier failed: {type(error).__name__}: {error}")
 

@@ -142,7 +142,8 @@ class FaultyServer:
         status, body = await self._forward(request, self.upstream_url)
         reply = json.loads(body)
         self.fault.spoil(reply)
-        return self._response(status, json.dumps(reply).encode())
+        compact = json.dumps(reply, separators=(",", ":"))  # as SGLang writes it
+        return self._response(status, compact.encode())
 
     def _is_due(self) -> bool:
         if not self.active:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import numpy as np
 from aiohttp import web
@@ -67,7 +69,8 @@ class HonestScorer:
             "weight_version": self.weight_version,
             "input_token_logprobs": rows,
         }
-        return web.json_response({"text": "", "meta_info": meta | self._top(ids[start:-1], top_k)})
+        reply = {"text": "", "meta_info": meta | self._top(ids[start:-1], top_k)}
+        return web.json_response(reply, dumps=partial(json.dumps, separators=(",", ":")))  # compact, as SGLang writes
 
     def _top(self, before: list[int], k: int) -> dict:
         """Rows of the ``k`` most likely tokens after each of ``before``."""

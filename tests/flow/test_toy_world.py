@@ -43,10 +43,10 @@ def test_models_share_one_tokenizer(teacher: str) -> None:
 
 
 async def test_each_teacher_knows_its_own_domain_and_not_the_other(servers: Servers) -> None:
-    config = load_config(TOY, ["evaluation.samples_per_prompt=2"])
+    config = load_config(TOY, ["evaluation.samples_per_prompt=2", "verifiers.timeout_s=10"])
     tokenizer = load_tokenizer(MODELS / "student")
     _, held_out = read_inputs(config, tokenizer)
-    verifiers = VerifierPool(config.verifiers.kinds, workers=2, timeout_s=10.0)
+    verifiers = VerifierPool(config.verifiers)
     accuracy = {}
     for teacher, url in (("math", servers.math), ("code", servers.code)):
         client = SGLangClient(url, timeout_s=120, max_concurrency=128)

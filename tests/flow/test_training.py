@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_opd.observe.metrics import METRICS, split_name
+from megatron_opd.view.report import view
+
 from runs import ROOT, Servers, finish
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -43,6 +46,14 @@ def test_a_short_run_leaves_a_summary_metrics_and_a_model(servers: Servers, run_
     assert len(changed) == len(list(before.parameters()))
     assert AutoTokenizer.from_pretrained(run.folder / "student_hf").chat_template
     assert "accuracy on held-out prompts" in run.text() and "step 3/3" in run.text()
+    assert {split_name(name)[0] for row in metrics for name in row} - {"step/"} <= set(METRICS)
+    timelines = [event for event in run.events() if event["event"] == "timeline"]
+    assert [(event["step"], len(event["groups"])) for event in timelines] == [(1, 8), (2, 8), (3, 8)]
+    for event in timelines:
+        ready = max(group[-1] for group in event["groups"])
+        assert 0 < ready <= event["offered"] <= event["trained"][1] <= event["live"]
+    assert view(run.folder)[0].startswith("Finished: 3 of 3 steps")
+    assert "Step 3, the newest" in (run.folder / "view.html").read_text()
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(servers: Servers, run_train) -> None:

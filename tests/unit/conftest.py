@@ -57,9 +57,25 @@ def model_folder(tmp_path: Path, byte_tokenizer: Callable[..., object]) -> Calla
 @pytest.fixture(scope="session")
 def gsm8k() -> Path:
     """The real test set of GSM8K."""
-    path = REAL_DATA / "gsm8k" / "test.jsonl"
+    return real_file("gsm8k/test.jsonl")
+
+
+@pytest.fixture(scope="session")
+def humaneval() -> Path:
+    """The real test set of HumanEval."""
+    return real_file("humaneval/HumanEval.jsonl.gz")
+
+
+@pytest.fixture(scope="session")
+def aime24() -> Path:
+    """The real problems of AIME 2024."""
+    return real_file("aime24/test.jsonl")
+
+
+def real_file(name: str) -> Path:
+    path = REAL_DATA / name
     if not path.is_file():
-        pytest.skip("the folder shared/data with GSM8K is not beside this repository")
+        pytest.skip(f"shared/data/{name} is not beside this repository")
     return path
 
 

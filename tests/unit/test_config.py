@@ -111,6 +111,7 @@ def test_null_switches_a_part_off_and_a_value_switches_it_on() -> None:
         (["reference.model=x"], "of use to nothing else"),
         (["objective.forward_kl=1"], "set scoring.top_k"),
         (["objective.forward_kl=1", "scoring.top_k=4", "objective.forward_kl_entropy=2"], "at most 1.609"),
+        (["rollout.max_staleness=1"], "set refresh.pause to retract or in_place"),
         (["objective.domain_weights.law=1"], "domain_weights.law names no teacher"),
         (["calibration=null", "objective.placebo=true"], "calibration, which is null"),
         (["objective.gap_floor=1", "objective.gap_ceiling=0"], "is not below"),

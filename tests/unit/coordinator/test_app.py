@@ -9,6 +9,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from megatron_opd.coordinator import app as app_module
 from megatron_opd.coordinator.app import BatchBoard, make_app
+from megatron_opd.observe.prometheus import Exposition
 from megatron_opd.runtime.messages import RefreshReport
 
 AUTH = {"Authorization": "Bearer secret"}
@@ -21,7 +22,7 @@ def report(version: int) -> dict:
 @pytest.fixture
 async def served():
     board = BatchBoard()
-    async with TestClient(TestServer(make_app(board, "secret"))) as client:
+    async with TestClient(TestServer(make_app(board, "secret", Exposition()))) as client:
         yield board, client
 
 
@@ -76,7 +77,7 @@ async def test_a_huge_body_is_refused(served) -> None:
 
 async def test_a_resumed_run_counts_on_and_an_ended_one_has_no_further_batch() -> None:
     board = BatchBoard(first=4)
-    async with TestClient(TestServer(make_app(board, "secret"))) as client:
+    async with TestClient(TestServer(make_app(board, "secret", Exposition()))) as client:
         assert (await client.post("/v1/refreshed", headers=AUTH, json=report(0))).status == 409
         assert (await client.post("/v1/refreshed", headers=AUTH, json=report(4))).status == 200
         assert (await board.live(4)).version == 4 and board.expected == 5

@@ -35,7 +35,7 @@ class FakeVerifiers:
 
     running = most = 0
 
-    async def verify(self, domain: str, response: str, reference: str) -> Verdict:
+    async def verify(self, prompt: Prompt, response: str) -> Verdict:
         self.running += 1
         self.most = max(self.most, self.running)
         await asyncio.sleep(0.01)
@@ -55,13 +55,15 @@ class FakeTeachers:
 class Source:
     """Draws the prompts p0, p1, ... and remembers how many were asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_group: int = 0) -> None:
+        self.first_group = first_group
         self.asked: list[int] = []
 
-    def __call__(self, count: int) -> list[Prompt]:
+    def __call__(self, count: int) -> list[tuple[int, Prompt]]:
         first = sum(self.asked)
         self.asked.append(count)
-        return [Prompt(f"p{first + i}", "math", "?", (5, 6), str(first + i)) for i in range(count)]
+        numbers = range(first, first + count)
+        return [(self.first_group + i, Prompt(f"p{i}", "math", "?", (5, 6), str(i))) for i in numbers]
 
 
 def stages(
@@ -91,8 +93,8 @@ def names(items: list[Verified]) -> list[str]:
 
 
 async def test_every_rollout_is_scored_or_dropped_with_its_outcome_and_group() -> None:
-    verifiers, source = FakeVerifiers(), Source()
-    result = await stages(3, verifiers).collect(source, version=3, first_group=30)
+    verifiers, source = FakeVerifiers(), Source(30)
+    result = await stages(3, verifiers).collect(source, step=3)
     assert source.asked == [3] and result.refills == 0
     assert len(result.scored) == 9 and len(result.dropped) == 3 and not result.unscored
     assert len(result.verified) == 12 and result.balanced == [True] * 9
@@ -104,61 +106,71 @@ async def test_every_rollout_is_scored_or_dropped_with_its_outcome_and_group() -
 
 
 async def test_the_order_is_that_of_the_prompts_whichever_is_ready_first() -> None:
-    result = await stages(3, teachers=WillingTeachers()).collect(Source(), version=3, first_group=0)
+    result = await stages(3, teachers=WillingTeachers()).collect(Source(), step=3)
     assert [item.verified.rollout.group for item in result.scored] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("order", [None, "after_scoring", "before_scoring"])
+async def test_a_sample_is_scored_before_its_group_is_verified_where_balancing_allows(order: str | None) -> None:
+    class LateVerifiers(FakeVerifiers):
+        async def verify(self, domain: str, response: str, reference: str) -> Verdict:
+            if response == "r3":
+                await asyncio.sleep(0.05)
+                scored_early.append(teachers.scored)
+            return await super().verify(domain, response, reference)
+
+    teachers, scored_early = WillingTeachers(), []
+    balancing = None if order is None else BalanceConfig(order=order)
+    result = await stages(3, LateVerifiers(), teachers, balancing).collect(Source(), step=3)
+    assert scored_early == ([0] * 3 if order == "before_scoring" else [9] * 3)
+    assert len(result.scored) == (6 if order == "before_scoring" else 12)
 
 
 async def test_what_balancing_drops_is_never_scored() -> None:
     teachers = WillingTeachers()
-    result = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), version=3, first_group=0)
+    result = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), step=3)
     assert teachers.scored == len(result.scored) == 6 and len(result.unscored) == 6 and all(result.balanced)
     for group in range(3):
         outcomes = [item.verified.outcome for item in result.scored if item.verified.rollout.group == group]
         assert sorted(outcomes) == [Outcome.INCORRECT, Outcome.CORRECT]
-    again = await stages(3, balancing=BalanceConfig(), teachers=WillingTeachers()).collect(
-        Source(), version=3, first_group=0
-    )
+    again = await stages(3, balancing=BalanceConfig(), teachers=WillingTeachers()).collect(Source(), step=3)
     assert names(again.unscored) == names(result.unscored)  # seeded: a resumed run repeats the draw
-    other = await stages(4, balancing=BalanceConfig(), teachers=WillingTeachers()).collect(
-        Source(), version=4, first_group=0
-    )
+    other = await stages(4, balancing=BalanceConfig(), teachers=WillingTeachers()).collect(Source(), step=4)
     assert names(other.unscored) != names(result.unscored)
 
 
 async def test_balancing_after_scoring_scores_everything_and_marks_what_is_not_trained() -> None:
     teachers, order = WillingTeachers(), BalanceConfig(order="after_scoring")
-    result = await stages(3, teachers=teachers, balancing=order).collect(Source(), version=3, first_group=0)
+    result = await stages(3, teachers=teachers, balancing=order).collect(Source(), step=3)
     assert teachers.scored == len(result.scored) == 12 and not result.unscored
-    before = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), version=3, first_group=0)
+    before = await stages(3, teachers=teachers, balancing=BalanceConfig()).collect(Source(), step=3)
     kept = [item.verified for item, kept in zip(result.scored, result.balanced, strict=True) if kept]
     assert names(kept) == names([item.verified for item in before.scored])
 
 
 async def test_the_global_scope_balances_the_step_as_one() -> None:
     everywhere = BalanceConfig(scope="global")
-    result = await stages(3, teachers=WillingTeachers(), balancing=everywhere).collect(
-        Source(), version=3, first_group=0
-    )
+    result = await stages(3, teachers=WillingTeachers(), balancing=everywhere).collect(Source(), step=3)
     outcomes = [item.verified.outcome for item in result.scored]
     assert outcomes.count(Outcome.CORRECT) == outcomes.count(Outcome.INCORRECT) == 3
-    assert len(result.stage_seconds) == 3
+    assert len(result.times) == 3
 
 
 async def test_a_refill_draws_further_prompts_until_the_step_has_its_size() -> None:
-    source = Source()
+    source = Source(7)
     refilled = BalanceConfig(refill_rounds=5)
-    result = await stages(3, teachers=WillingTeachers(), balancing=refilled).collect(source, version=3, first_group=7)
+    result = await stages(3, teachers=WillingTeachers(), balancing=refilled).collect(source, step=3)
     # Half of each group stays: 6 of 12 are missing, which is 3 prompts; then nothing is.
     assert source.asked == [3, 3] and result.refills == 3 and len(result.scored) == 12
     assert sorted({item.rollout.group for item in result.verified}) == list(range(7, 13))
     once = Source()
-    await stages(3, teachers=WillingTeachers(), balancing=BalanceConfig()).collect(once, version=3, first_group=0)
+    await stages(3, teachers=WillingTeachers(), balancing=BalanceConfig()).collect(once, step=3)
     assert once.asked == [3]
 
 
 async def test_a_token_of_other_weights_stops_the_step() -> None:
     with pytest.raises(EngineError, match="other weights") as caught:
-        await stages(2).collect(Source(), version=3, first_group=0)
+        await stages(2).collect(Source(), step=3)
     assert "[2]" in str(caught.value) and "expected: 3" in str(caught.value) and "p0" in str(caught.value)
 
 

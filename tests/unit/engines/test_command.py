@@ -19,7 +19,7 @@ def test_the_command_line_on_a_cpu() -> None:
     assert server_argv(engine, ServerConfig(), Path("models/m"), URL, seed=3) == (
         f"/e/bin/python -P {LAUNCHER} --model-path models/m --host 127.0.0.1 --port 3111 --dtype float32 --tp-size 1 "
         "--random-seed 3 --skip-tokenizer-init --enable-metrics --grammar-backend none --device cpu "
-        "--attention-backend torch_native --mem-fraction-static 0.1 --max-total-tokens 65536 "
+        "--attention-backend torch_native --mem-fraction-static 0.7 --max-total-tokens 65536 "
         "--disable-overlap-schedule --disable-cuda-graph --sleep-on-idle"
     ).split(" ")
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from megatron_opd.engines.sglang import Sampling, WeightBucket
+from megatron_opd.engines.sglang import Sampling
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import TransientError
 
@@ -147,21 +147,3 @@ async def test_an_error_status_carries_the_servers_words(fake, status: int, tran
         await client.generate((5,), 1, SAMPLING)
     assert isinstance(caught.value, TransientError) == transient
     assert str(status) in str(caught.value) and "too long" in str(caught.value)
-
-
-async def test_a_weight_update_that_failed_is_an_error(fake) -> None:
-    server, client = fake
-    server.answer = {"success": False, "message": "partially updated"}
-    with pytest.raises(EngineError, match="update_weights_from_distributed") as caught:
-        await client.receive_bucket(WeightBucket(["a"], ["float32"], [[1]]), "g", flush=True, version=1)
-    assert "partially updated" in str(caught.value)
-
-
-@pytest.mark.parametrize(("release", "brackets"), [("0.5.20", False), ("0.5.21", True), ("0.6.0.dev1+cpu", True)])
-async def test_brackets_only_where_the_server_knows_them(fake, release: str, brackets: bool) -> None:
-    server, client = fake
-    server.release, server.answer = release, {"success": True}
-    await client.begin_weight_update()
-    await client.end_weight_update()
-    paths = [path for path, _ in server.posts]
-    assert paths == (["/begin_weight_update", "/end_weight_update"] if brackets else [])

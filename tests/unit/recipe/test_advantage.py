@@ -48,7 +48,9 @@ def test_weights_of_a_sequence_sum_to_one_or_nothing(mask: list[bool]) -> None:
 
 def test_a_masked_token_leaves_numerator_and_denominator() -> None:
     plain = ObjectiveConfig()
-    sample = train_sample(calibrated(scored([-1, -1, -1], [-0.5, -30.0, -2.0]), plain, offset=0.25), plain, "sequence")
+    sample = train_sample(
+        calibrated(scored([-1, -1, -1], [-0.5, -30.0, -2.0]), plain, offset=0.25), plain, "sequence", 0
+    )
     assert sample.token_ids.tolist() == [5, 6, 10, 11, 12] and sample.prompt_length == 2
     assert sample.advantages == pytest.approx([0.75, 0.0, -0.75])
     assert sample.weights == pytest.approx([0.5, 0.0, 0.5])
@@ -90,7 +92,7 @@ def test_a_domain_weight_scales_every_term_and_no_denominator() -> None:
     objective = ObjectiveConfig(domain_weights={"code": 3.0})
     math_item, code_item = scored([-1.0], [-0.5]), scored([-1.0], [-0.5], domain="code")
     samples = [
-        train_sample(calibrated(item, objective, offset=0.25, outcome_term=1.0), objective, "sequence")
+        train_sample(calibrated(item, objective, offset=0.25, outcome_term=1.0), objective, "sequence", 0)
         for item in (math_item, code_item)
     ]
     assert samples[0].advantages == pytest.approx([1.75]) and samples[1].advantages == pytest.approx([5.25])
@@ -102,8 +104,18 @@ def test_the_forward_kl_weighs_only_open_and_unmasked_positions() -> None:
     top = TopRows(np.array([[1, 2]] * 3), np.array([sure, unsure, unsure], np.float32))
     objective = ObjectiveConfig(forward_kl=0.5, forward_kl_entropy=0.5, domain_weights={"math": 2.0})
     item = scored([-1.0, -1.0, -1.0], [-1.0, -1.0, -40.0], top=top)
-    sample = train_sample(calibrated(item, objective), objective, "sequence")
+    sample = train_sample(calibrated(item, objective), objective, "sequence", 0)
     assert sample.forward_weights == pytest.approx([0.0, 2.0 * 0.5 * 0.5, 0.0])
     assert sample.top_ids.tolist() == top.ids.tolist() and sample.top_logprobs.tolist() == top.logprobs.tolist()
     with pytest.raises(ValueError, match="top-k rows"):
-        train_sample(calibrated(scored([-1.0], [-1.0]), objective), objective, "sequence")
+        train_sample(calibrated(scored([-1.0], [-1.0]), objective), objective, "sequence", 0)
+
+
+def test_a_token_knows_its_lag_and_how_its_advantage_follows_the_students_log_prob() -> None:
+    objective = ObjectiveConfig(domain_weights={"math": 3.0}, gap_floor=-1.0, gap_ceiling=2.0)
+    item = scored([-1.0, -1.0, -4.0], [-1.5, -3.0, -0.5])  # gaps -0.5, -2 and 3.5: two of them are held
+    sample = train_sample(calibrated(item, objective), objective, "sequence", 2)
+    assert sample.lags.tolist() == [2, 2, 2] and sample.slopes.tolist() == [3.0, 0.0, 0.0]
+    moved = scored([-1.25, -1.25, -4.25], [-1.5, -3.0, -0.5])
+    later = train_sample(calibrated(moved, objective), objective, "sequence", 2)
+    assert later.advantages == pytest.approx(sample.advantages + 0.25 * sample.slopes)

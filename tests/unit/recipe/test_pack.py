@@ -22,6 +22,8 @@ def sample_of(rng: np.random.Generator, prompt: int, response: int) -> TrainSamp
         advantages=rng.normal(size=response).astype(np.float32),
         behaviour_logprobs=-rng.random(response).astype(np.float32),
         weights=(rng.random(response) > 0.2).astype(np.float32) / response,
+        lags=rng.integers(0, 3, response, dtype=np.int32),
+        slopes=rng.random(response).astype(np.float32),
         forward_weights=rng.random(response).astype(np.float32),
         top_ids=rng.integers(3, 500, (response, 2)),
         top_logprobs=-rng.random((response, 2)).astype(np.float32),

@@ -43,6 +43,13 @@ def test_ids_far_apart_are_not_confused() -> None:
     assert repetition(tokens, 2) == 0.0
 
 
+@pytest.mark.parametrize("distinct", [2, 3, 2**16, 2**16 + 1])
+def test_n_grams_of_any_width_are_counted_exactly(distinct: int) -> None:
+    tokens = np.concatenate([np.arange(distinct), [0, 1, 2, 3, distinct - 1, 0]]) % distinct * 1000
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    assert repetition(tokens, 4) == pytest.approx(1 - len(set(grams)) / len(grams), abs=1e-12)
+
+
 @pytest.mark.parametrize("n", [0, -1])
 def test_n_below_1_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"n = {n}"):

@@ -1,6 +1,7 @@
-"""One rank of the checkpoint tests: trains, saves, goes on, then loads what every layout saved and goes on from there.
+"""The ranks of the checkpoint tests: under each layout they train, save and go on; then others load that and go on.
 
-Usage: torchrun ... checkpoint_worker.py WORK_FOLDER LAYOUT '{"tensor_parallel": 2, ...}' '["tp1", "tp2", ...]'
+Usage: checkpoint_worker.py WORK_FOLDER '{"tp2": {"tensor_parallel": 2}, ...}' '{"tp2": ["tp1", "tp2"], ...}'
+The last argument tells whose checkpoints each layout loads.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import run_layouts
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from student_case import denominator_of, make_config, pack
+from student_case import denominator_of, kinds_of, make_config, pack
 from student_worker import exported, splits
 
 from megatron_opd.config import CheckpointConfig, Config, LossConfig
 from megatron_opd.observe.recorder import read_events
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
-from megatron_opd.student import checkpoint
+from megatron_opd.student import checkpoint, thread_writer
 from megatron_opd.student.build import Student, build_student, init_distributed
 from megatron_opd.student.step import train_step
 
@@ -31,29 +33,33 @@ SCHEDULE = {"schedule": "linear", "min_lr": 1e-3}
 
 
 def main() -> None:
-    work, layout, sizes, layouts = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-    config = make_config(work / "untied", **sizes)
+    work, layouts, loads = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    ranks = {name: make_config(work, **sizes).world_size for name, sizes in layouts.items()}
+    run_layouts(ranks, lambda name: run_layout(work, name, layouts[name], None), work)
+    run_layouts(ranks, lambda name: run_layout(work, name, layouts[name], loads[name]), work)
+
+
+def run_layout(work: Path, layout: str, sizes: dict[str, Any], loads: list[str] | None) -> None:
+    """Save, or load what ``loads`` names; rank 0 leaves what it found."""
+    kind = kinds_of(layout)[0]
+    config = make_config(work / kind, **sizes)
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=SCHEDULE)})
-    init_distributed(config.student, seed=dist_seed(layout), timeout_s=60)
-    samples = pickle.loads((work / "untied.samples").read_bytes())
+    # Another one for each layout, and each time: what is loaded must not come from it.
+    init_distributed(config.student, seed=sum(map(ord, layout)) + (loads is None), timeout_s=100)
+    samples = pickle.loads((work / f"{kind}.samples").read_bytes())
     run = RunDirectory(work / layout)
+    if loads is None:
+        if dist.get_rank() == 0:
+            run.path.mkdir()
+            run.start(config, ENDPOINTS, 0)
+        dist.barrier()
+        result: dict[str, Any] = save(config, run, samples) | {"events": read_events(run.events)}
+    else:
+        result = {other: load(config, RunDirectory(work / other), samples) for other in loads}
     if dist.get_rank() == 0:
-        run.path.mkdir()
-        run.start(config, ENDPOINTS, 0)
-    dist.barrier()
-    result: dict[str, Any] = {"saved": save(config, run, samples)}
-    for other in layouts:
-        await_checkpoint(RunDirectory(work / other))
-        result[other] = load(config, RunDirectory(work / other), samples)
-    if dist.get_rank() == 0:
-        result["events"] = read_events(run.events)
-        (work / f"{layout}.pickle").write_bytes(pickle.dumps(result))
+        (work / f"{layout}.{'saved' if loads is None else 'loaded'}").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def dist_seed(layout: str) -> int:
-    return sum(map(ord, layout))  # another one for each layout: what is loaded must not come from it
 
 
 def save(config: Config, run: RunDirectory, samples: list) -> dict[str, Any]:
@@ -70,26 +76,26 @@ def save(config: Config, run: RunDirectory, samples: list) -> dict[str, Any]:
     found |= {"next": step(student, samples), "after": exported(student), "random": random}
     step(student, samples)
     saver.finish()
-    if config.student.tensor_parallel == 2:
+    if config.student.tensor_parallel == config.world_size == 2:
         fail(settings, run, student)
     return found
 
 
 def fail(settings: CheckpointConfig, run: RunDirectory, student: Student) -> None:
     """A writer that fails on one rank, one that never ends, a coordinator that is gone, a folder in the way."""
-    working = checkpoint._write_bucket
+    working = thread_writer._Writer.write_data
     leave_coordinator_state(run, 3)
     if dist.get_rank() == 1:
-        checkpoint._write_bucket = disk_full
+        thread_writer._Writer.write_data = disk_full
     checkpoint.Saver(settings.model_copy(update={"async_save": False}), run, student).begin(3)
 
     hasty = checkpoint.Saver(settings.model_copy(update={"deadline_s": 1.0}), run, student)
     leave_coordinator_state(run, 4)
     if dist.get_rank() == 1:
-        checkpoint._write_bucket = lambda *_: time.sleep(600)
+        thread_writer._Writer.write_data = lambda *_: time.sleep(600)
     hasty.begin(4)
     hasty.finish()
-    checkpoint._write_bucket = working
+    thread_writer._Writer.write_data = working
     lonely = checkpoint.Saver(
         settings.model_copy(update={"deadline_s": 8.0}), run, student
     )  # time to write, even if busy
@@ -119,13 +125,6 @@ def leave_coordinator_state(run: RunDirectory, number: int) -> None:
     dist.barrier()
 
 
-def await_checkpoint(run: RunDirectory) -> None:
-    deadline = time.monotonic() + 100
-    while 2 not in run.checkpoints.steps():
-        assert time.monotonic() < deadline, run.path
-        time.sleep(0.2)
-
-
 def load(config: Config, run: RunDirectory, samples: list) -> dict[str, Any]:
     """A new student that goes on from the checkpoint of another layout, for two steps."""
     student = build_student(config)
@@ -144,13 +143,13 @@ def step(student: Student, samples: list) -> dict[str, float]:
 def state(student: Student) -> dict[str, Any]:
     """Weights, and both moments of Adam under the names of the weights."""
     found = {"weights": exported(student)}
-    (chunk,) = student.model
-    kept = [parameter.data.clone() for parameter in chunk.parameters()]
+    parameters = [parameter for chunk in student.model for parameter in chunk.parameters()]
+    kept = [parameter.data.clone() for parameter in parameters]
     for moment in ("exp_avg", "exp_avg_sq"):
         for optimizer in student.optimizer.chained_optimizers:
             put_in_place_of_weights(optimizer, moment)
         found[moment] = exported(student)
-    for parameter, data in zip(chunk.parameters(), kept, strict=True):
+    for parameter, data in zip(parameters, kept, strict=True):
         parameter.data.copy_(data)
     return found
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_opd.config import Config, parse_config
+from megatron_opd.config import Config, LossConfig, parse_config
 from megatron_opd.records import PackedBatch
 
 TOP = 3  # rows of the teacher's most likely tokens
@@ -28,12 +28,18 @@ _SIZES = {
     "max_position_embeddings": 128,
     "rope_theta": 5000.0,
 }
+_LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}
 MODELS = {
     "untied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=False),
-    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama": lambda: LlamaConfig(**{**_SIZES, "rope_parameters": _LLAMA3}, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=None, tie_word_embeddings=False),
     "tied": lambda: Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
 }
+SCORED_ONLY = ("qwen2", "llama", "mistral")  # whose training is that of the others
 _EXPERTS = {
     "head_dim": 16,
     "num_experts": 4,
@@ -96,18 +102,27 @@ class Sample:
     advantages: np.ndarray  # [L]
     behaviour: np.ndarray  # [L]
     weights: np.ndarray  # [L]
+    lags: np.ndarray  # [L]
+    slopes: np.ndarray  # [L]
     forward_weights: np.ndarray  # [L]
     top_ids: np.ndarray  # [L, K], one of them may be the next token itself
     top_logprobs: np.ndarray  # [L, K], of a teacher
 
 
-def make_model(folder: Path, kind: str) -> None:
-    """Save a random model whose norms and biases are not the identity, so that a lost one shows."""
+def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """Save a random model whose norms and biases are not the identity, so that a lost one shows.
+
+    changes: fields of its config.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((MODELS | EXPERTS)[kind](), dtype=torch.float32)
+    config = (MODELS | EXPERTS)[kind]()
+    config = config.from_dict(config.to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.data.mul_(50)  # a router in doubt would choose by rounding errors
+        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data.mul_(20)  # its scaled angles are small: attention must hang on them
         if parameter.ndim == 1:
             parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.normal_()
     model.save_pretrained(folder)
@@ -128,7 +143,10 @@ def make_config(folder: Path, steps: int = 10, **student: Any) -> Config:
 
 
 def make_samples(model: torch.nn.Module) -> list[Sample]:
-    """Five samples of different lengths whose ratios fall below, between and above the clip bounds."""
+    """Five samples of different lengths whose ratios fall below, between and above the bounds.
+
+    The second was drawn by older weights, the fourth by older ones up to its middle.
+    """
     generator = np.random.default_rng(1)
     samples = []
     for length in (7, 12, 5, 9, 16):
@@ -145,10 +163,11 @@ def make_samples(model: torch.nn.Module) -> list[Sample]:
         top_ids[:-1, 0] = tokens[1:]
         top_logprobs = np.log(generator.dirichlet(np.ones(TOP + 1), length)[:, :TOP])
         forward_weights = np.where(generator.random(length) < 0.5, 0.3 * weights, 0.0)  # a gate, and a coefficient
+        lags = np.where(np.arange(length) < {12: 12, 9: 6}.get(length, 0), 2, 0)
+        slopes = generator.uniform(0.0, 2.0, length)
+        behaviour = np.append(current, 0.0) - np.where(lags, 2 * change, change)
         samples.append(
-            Sample(
-                tokens, advantages, np.append(current, 0.0) - change, weights, forward_weights, top_ids, top_logprobs
-            )
+            Sample(tokens, advantages, behaviour, weights, lags, slopes, forward_weights, top_ids, top_logprobs)
         )
     return samples
 
@@ -169,6 +188,8 @@ def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> Pa
         advantages=join([np.where(sample.weights, sample.advantages, np.nan) for sample in order], np.float32),
         behaviour_logprobs=join([np.where(sample.weights, sample.behaviour, -np.inf) for sample in order], np.float32),
         weights=join([sample.weights for sample in order], np.float32),
+        lags=join([sample.lags for sample in order], np.int32),
+        slopes=join([np.where(sample.weights, sample.slopes, np.inf) for sample in order], np.float32),
         forward_weights=join([sample.forward_weights for sample in order], np.float32),
         top_ids=join([sample.top_ids for sample in order], np.int64, TOP),
         top_logprobs=join(
@@ -210,6 +231,13 @@ def slow_token_loss(current: Any, behaviour: float, advantage: float) -> Any:
     return -advantage * (ratio if ratio > 1 - CLIP_LOW else 1 - CLIP_LOW)
 
 
+def slow_stale_loss(current: torch.Tensor, behaviour: float, advantage: float, slope: float) -> torch.Tensor:
+    """The surrogate of a token that older weights drew: a constant times its log-prob, shifted to the loss's value."""
+    now = float(current)
+    factor = min(math.exp(now - behaviour), LossConfig().importance_cap) * (advantage - slope * (now - behaviour))
+    return -factor * (current - now + 1)
+
+
 def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
     """Loss, gradients and weights after one AdamW step, one sample and one token at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -217,7 +245,11 @@ def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
     for sample in samples:
         for position, row in enumerate(all_logprobs(model, sample.tokens)):
             current = row[sample.tokens[position + 1]]
-            token_loss = slow_token_loss(current, sample.behaviour[position], sample.advantages[position])
+            behaviour, advantage = sample.behaviour[position], sample.advantages[position]
+            if sample.lags[position]:
+                token_loss = slow_stale_loss(current, behaviour, advantage, sample.slopes[position])
+            else:
+                token_loss = slow_token_loss(current, behaviour, advantage)
             forward = slow_forward_kl(row, sample.top_ids[position], sample.top_logprobs[position])
             loss = loss + sample.weights[position] * token_loss + sample.forward_weights[position] * forward
     loss = loss / denominator_of(samples)

@@ -18,14 +18,13 @@ import torch
 import torch.distributed as dist
 from forked import run_layouts
 from megatron.core import parallel_state
-from student_case import Sample, denominator_of, kinds_of, make_config, pack
+from student_case import SCORED_ONLY, Sample, denominator_of, kinds_of, make_config, pack
 
 from megatron_opd.config import LossConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.records import PackedBatch
 from megatron_opd.student import export, rows, step
 from megatron_opd.student.build import Student, build_student, init_distributed
-from megatron_opd.student.logprob import vocab_parallel_logprob
 
 
 def main() -> None:
@@ -36,9 +35,8 @@ def main() -> None:
 
 def run_layout(work: Path, layout: str, sizes: dict[str, Any]) -> None:
     init_distributed(make_config(work, **sizes).student, seed=0, timeout_s=200)
-    result: dict[str, Any] = {"logprob": logprob_differences()}
     kinds = kinds_of(layout)
-    result["demand"] = demanded(work, kinds[0], sizes)
+    result: dict[str, Any] = {"demand": demanded(work, kinds[0], sizes)}
     result["half"] = half_precision(work, layout, kinds[0], sizes)
     for kind in kinds:
         result[kind] = run_model(work, layout, kind, sizes)
@@ -58,9 +56,8 @@ def run_model(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict
         "packed": packed_logprobs(student, samples),
         "misplaced": misplaced(student, samples),
     }
-    export._SHARD_BYTES = 30_000 if kind == "llama" else 10_000_000
-    export.export_hf(student, work / kind, work / f"{kind}-{layout}")
-    if kind in ("llama", "qwen2"):
+    export.export_hf(student, work / kind, work / f"{kind}-{layout}", 30_000 if kind == "llama" else export.SHARD_BYTES)
+    if kind in SCORED_ONLY:
         return result
     result["refused"] = refused(student, samples)
     for split, parts in splits(samples).items():
@@ -167,7 +164,7 @@ def misplaced(student: Student, samples: list[Sample]) -> list[str]:
     batch = pack(samples, [[0, 1, 2], [3, 4]], 1.0)
     code = np.arange(1, len(batch.tokens) + 1)
     columns = code[:, None] + 100 * np.arange(3)
-    names = ("tokens", "labels", "advantages", "behaviour_logprobs", "weights", "forward_weights")
+    names = ("tokens", "labels", "advantages", "behaviour_logprobs", "weights", "lags", "slopes", "forward_weights")
     batch = dataclasses.replace(batch, **dict.fromkeys(names, code), top_ids=columns, top_logprobs=columns)
 
     def carry(row: rows.Row, vocab_size: int, output: torch.Tensor) -> step.LossOutput:
@@ -196,33 +193,6 @@ def refused(student: Student, samples: list[Sample]) -> dict[str, Any]:
             messages[name] = str(error)
     after = exported(student)
     return {"messages": messages, "unchanged": all(torch.equal(before[name], after[name]) for name in before)}
-
-
-def logprob_differences() -> dict[str, float]:
-    """vocab_parallel_logprob against log_softmax over the real columns: largest differences."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    generator = torch.Generator().manual_seed(5)
-    found = {}
-    for vocab, dtype in ((515, torch.float32), (400, torch.float32), (100, torch.float32), (515, torch.bfloat16)):
-        logits = (torch.randn(9, 516, generator=generator) * 5).to(dtype)
-        labels = torch.randint(0, vocab, (9,), generator=generator)
-        weights = torch.randn(9, generator=generator)
-
-        whole = logits.clone().requires_grad_()
-        expected = torch.log_softmax(whole[:, :vocab].float(), -1).gather(1, labels[:, None])[:, 0]
-        (expected * weights).sum().backward()
-
-        mine = logits.chunk(group.size(), dim=1)[group.rank()].clone().requires_grad_()
-        logprobs = vocab_parallel_logprob(mine, labels, vocab, group)
-        (logprobs * weights).sum().backward()
-        expected_gradient = whole.grad.chunk(group.size(), dim=1)[group.rank()]
-        first = group.rank() * mine.shape[1]
-        name = f"{vocab} {str(dtype).removeprefix('torch.')}"
-        found[f"{name} value"] = float((logprobs - expected).detach().abs().max())
-        found[f"{name} gradient"] = float((mine.grad - expected_gradient).abs().max())
-        found[f"{name} padding"] = float(mine.grad[:, max(0, vocab - first) :].abs().sum())
-        assert logprobs.dtype == torch.float32 and mine.grad.dtype == dtype
-    return found
 
 
 if __name__ == "__main__":

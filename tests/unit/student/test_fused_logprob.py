@@ -1,4 +1,4 @@
-"""Log-probs and entropy from hidden states against the plain formula and autograd in float64.
+"""Log-probs, entropy and losses from hidden states against the plain formula and autograd in float64.
 
 Every rank checks itself; a failed assertion of a spawned rank is raised here.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_opd.student.fused_logprob import hidden_logprobs
+from megatron_opd.student.fused_logprob import hidden_logprobs, hidden_loss
 
 POSITIONS, COLUMNS, HIDDEN = 10, 516, 24
 
@@ -60,6 +60,10 @@ def check_rank(rank: int, size: int, store: str) -> None:
             check_case(case)
         for sequence in (False, True):
             check_positions_without_gradient_are_left_out(Case(sequence=sequence, block=(3, 100), entropy=sequence))
+        for case in dict.fromkeys(replace(case, entropy=False, block=None) for case in CASES):
+            for part in (3, 10, 1000):
+                check_loss(case, part)
+        check_a_loss_of_ids_outside_the_vocabulary()
         check_ids_outside_the_vocabulary()
         check_only_what_needs_a_gradient_gets_one()
         check_no_tensor_of_positions_by_columns()
@@ -176,6 +180,74 @@ def check_positions_without_gradient_are_left_out(case: Case) -> None:
     check_gradient(weight, mine(all_weight.grad), half=False)
 
 
+def fused_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, factors: torch.Tensor, case: Case, part: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``square_loss`` by parts, and the log-probs."""
+    return hidden_loss(
+        hidden,
+        weight,
+        ids,
+        lambda logprobs, at: square_loss(logprobs, factors[at]),
+        case.vocab,
+        dist.group.WORLD,
+        temperature=case.temperature,
+        part=part,
+        sequence_parallel=case.sequence,
+    )
+
+
+def square_loss(logprobs: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Its gradient depends on the log-probs; where the factor is 0 they are not read."""
+    return (factors * torch.where(factors != 0, logprobs, 0.0).square()).sum()
+
+
+def check_loss(case: Case, part: int) -> None:
+    """In float32 half of the positions, and with parts of 3 all of one part, have no gradient."""
+    hidden, weight, ids = (tensor.double() if tensor.is_floating_point() else tensor for tensor in make_inputs(case))
+    factors = torch.randn(POSITIONS, case.count, generator=torch.Generator().manual_seed(9))
+    if case.dtype == torch.float32:
+        factors[3:6], factors[7:9] = 0.0, 0.0
+    hidden.requires_grad_(), weight.requires_grad_()
+    expected, _ = plain(hidden, weight, ids, case)
+    expected_loss = square_loss(expected, factors)
+    (expected_loss * 0.5).backward()
+
+    own_hidden, own_weight, ids = leaves(case)
+    loss, found = fused_loss(own_hidden, own_weight, ids, factors, case, part)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    (loss * 0.5).backward()
+    half = case.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, atol=0.1 if half else 2e-5, rtol=0 if half else 1e-6)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02 if half else 1e-5)
+    for leaf, whole in (
+        (own_hidden, mine(hidden.grad) if case.sequence else hidden.grad),
+        (own_weight, mine(weight.grad)),
+    ):
+        scale = float(whole.abs().max()) or 1.0
+        leaf.grad /= scale
+        check_gradient(leaf, whole / scale, half)
+    assert not own_weight.grad[max(0, case.vocab - dist.get_rank() * len(own_weight)) :].any()
+
+
+def check_a_loss_of_ids_outside_the_vocabulary() -> None:
+    """The loss sees -inf there, and what it makes of it has no gradient."""
+    case = Case(vocab=510)
+    hidden, weight, ids = leaves(case)
+    clean_hidden, clean_weight, _ = leaves(case)
+    factors = torch.randn(POSITIONS, case.count, generator=torch.Generator().manual_seed(7))
+    clean = ids.clone()
+    ids[:, 1], ids[:, 2], ids[:, 3] = -1, 511, COLUMNS + 7
+    outside = torch.tensor([False, True, True, True, False])
+    loss, found = fused_loss(hidden, weight, ids, factors * ~outside, case, 4)
+    expected, _ = fused_loss(clean_hidden, clean_weight, clean, factors * ~outside, case, 4)
+    assert (found[:, outside] == -torch.inf).all() and torch.equal(loss, expected)
+    fused_loss(hidden, weight, ids, factors, case, 4)[0].backward()
+    expected.backward()
+    torch.testing.assert_close(hidden.grad, clean_hidden.grad, atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.grad, clean_weight.grad, atol=1e-6, rtol=0)
+
+
 def check_ids_outside_the_vocabulary() -> None:
     """They must not pass for a token: -1, a padded column, and beyond all columns."""
     case = Case(vocab=510, block=(3, 100))
@@ -233,3 +305,8 @@ def check_no_tensor_of_positions_by_columns() -> None:
             (logprobs.sum() if entropies is None else logprobs.sum() + entropies.sum()).backward()
         largest[entropy] = record.entries
     assert largest[False] == largest[True] == weight.numel()  # its gradient; all logits have 64 times as many
+    with LargestTensor() as record:
+        hidden_loss(hidden, weight, ids, lambda logprobs, at: logprobs.sum(), 2000, dist.group.WORLD, part=4)[
+            0
+        ].backward()
+    assert record.entries == weight.numel()

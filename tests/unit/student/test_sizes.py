@@ -28,6 +28,12 @@ QWEN = {
 EXPERTS = {**QWEN, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 10}
 
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{"original_max_position_embeddings": 8192, "rope_theta": 5e5},
+}
+
+
 def config(optimizer: dict[str, Any] | None = None, **student: Any) -> Config:
     plain = {
         "name": "test",
@@ -42,6 +48,7 @@ def config(optimizer: dict[str, Any] | None = None, **student: Any) -> Config:
 
 def test_good_sizes_pass() -> None:
     check_sizes(config(), QWEN)
+    check_sizes(config(), {**QWEN, "rope_parameters": LLAMA3})
     check_sizes(config(tensor_parallel=2, sequence_parallel=True), QWEN)
 
 
@@ -88,6 +95,7 @@ def test_impossible_schedule(optimizer: dict[str, Any], message: str) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {**LLAMA3, "high_freq_factor": 8.0}}, "high_freq_factor': 8.0"),
         ({"num_attention_heads": None}, "lacks a size"),
     ],
 )

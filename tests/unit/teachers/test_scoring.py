@@ -7,7 +7,7 @@ import pytest
 from fake_scorer import PROMPT, RESPONSE, ROWS, SAMPLED, VOCAB, FakeScorer, good_reply, rows_with
 
 from megatron_opd.engines.scores import Served
-from megatron_opd.engines.sglang_scores import split_rows
+from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.teachers.scoring import Scores, ScoringError, UnfitRequest, score, score_request
 
 

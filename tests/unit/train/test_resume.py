@@ -123,7 +123,12 @@ def test_what_may_change_and_what_may_not(tmp_path: Path) -> None:
     old = config(tmp_path)
     harmless = ["steps=7", "existing=archive", "checkpoint.every_steps=1", "evaluation.limit=3", "coordinator.port=5"]
     harmless += ["rollout.server.urls=[http://x:1]", "teachers.math.server.port=7", "record.trajectories_every=2"]
-    harmless += ["student.tensor_parallel=1", "student.data_parallel=2", "engine.memory_fraction=0.5"]
+    harmless += [
+        "student.tensor_parallel=1",
+        "student.data_parallel=2",
+        "student.recompute=full",
+        "engine.memory_fraction=0.5",
+    ]
     check_unchanged(old, config(tmp_path, *harmless))
     with pytest.raises(ConfigError, match="not that of the run") as caught:
         check_unchanged(

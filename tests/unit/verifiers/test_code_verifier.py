@@ -1,17 +1,16 @@
 import json
-import os
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.records import Outcome
 from megatron_opd.verifiers import sandbox
-from megatron_opd.verifiers.base import Verdict
-from megatron_opd.verifiers.code import CodeVerifier, last_block, same
+from megatron_opd.verifiers.base import OWN_SHARE, Verdict
+from megatron_opd.verifiers.code import CodeVerifier, last_block
 
 EVENS = json.dumps({"fn_name": "f", "inputs": [[[1, 2, 4]], [[3]], [[-2]]], "outputs": [6, 0, -2]})
 RIGHT = "def f(xs):\n    return sum(x for x in xs if x % 2 == 0)\n"
@@ -21,8 +20,12 @@ def cases(*pairs: tuple[list, object]) -> str:
     return json.dumps({"fn_name": "f", "inputs": [a for a, _ in pairs], "outputs": [b for _, b in pairs]})
 
 
+def verifier(limit: float = 5.0) -> CodeVerifier:
+    return CodeVerifier(VerifierConfig(timeout_s=limit / OWN_SHARE))
+
+
 def check(source: str, reference: str = EVENS, limit: float = 5.0) -> Verdict:
-    return CodeVerifier(limit).verify(f"Here:\n```python\n{textwrap.dedent(source)}\n```\n", reference)
+    return verifier(limit).verify("", f"Here:\n```python\n{textwrap.dedent(source)}\n```\n", reference)
 
 
 def test_a_right_function():
@@ -42,19 +45,18 @@ def test_a_function_that_ignores_the_condition():
         ("import os; os._exit(0)", "test 1: exited with code 0 before it answered"),
         ("print(6)", "test 1: got None, expected 6"),
         ("import os; os.write(1, b'[\"value\", 6]\\n'); os._exit(0)", "test 1: exited with code 0 before it answered"),
-        ("import ctypes", "test 1: PermissionError: ctypes.dlopen is not allowed"),
+        ("import ctypes", "test 1: ModuleNotFoundError: import of ctypes halted; None in sys.modules"),
         ("import os; os.fork()", "test 1: PermissionError: os.fork is not allowed"),
         ("import os; os.system('true')", "test 1: PermissionError: os.system is not allowed"),
         ("import os; os.kill(-1, 9)", "test 1: PermissionError: os.kill is not allowed"),
-        ("import subprocess", "test 1: ModuleNotFoundError: import of _posixsubprocess halted; None in sys.modules"),
+        ("import subprocess; subprocess.run(['true'])", "test 1: PermissionError: subprocess.Popen is not allowed"),
         ("import socket; socket.socket()", "test 1: PermissionError: socket.__new__ is not allowed"),
-        ("import threading; threading.Thread(target=f).start()", "test 1: PermissionError: threads are not allowed"),
         ("return [0] * 10**9", "test 1: MemoryError:"),
         ("while True: print('x' * 1000)", "test 1: OSError: [Errno 27] File too large"),
-        ("return 'x' * 10**7", f"test 1: answers of more than {sandbox.FILE_BYTES} bytes"),
+        ("return 'x' * 10**7", f"test 1: an answer of more than {sandbox.FILE_BYTES} bytes"),
         ("return f(xs)", "test 1: RecursionError: maximum recursion depth exceeded"),
         ("return input()", "test 1: EOFError: EOF when reading a line"),
-        ("return {1, 2}", "test 1: TypeError: Object of type set is not JSON serializable"),
+        ("return {1, 2}", "test 1: got {1, 2}, expected 6"),
     ],
 )
 def test_failures_inside_the_function(body, reason):
@@ -68,7 +70,7 @@ def test_failures_inside_the_function(body, reason):
         ("def f(xs) return", "the code does not load: SyntaxError: expected ':' (response.py, line 1)"),
         ("raise SystemExit(0)", "the code does not load: SystemExit: 0"),
         ("def g(xs): return 6", "the code does not load: AttributeError: module 'response' has no attribute 'f'"),
-        ("import numpy", "the code does not load: ModuleNotFoundError: No module named 'numpy'"),
+        ("import nowhere", "the code does not load: ModuleNotFoundError: No module named 'nowhere'"),
     ],
 )
 def test_code_that_does_not_load(source, reason):
@@ -101,7 +103,7 @@ def test_objects_that_claim_to_be_equal():
     """
     assert check(tricks) == Verdict(Outcome.INCORRECT, "3 of 3 tests failed; test 1: got 41, expected 6")
     verdict = check("class Same:\n    def __eq__(self, other): return True\ndef f(xs): return Same()")
-    assert verdict.reason.endswith("TypeError: Object of type Same is not JSON serializable")
+    assert verdict.reason.endswith("TypeError: Same is not a plain value")
 
 
 def test_the_channel_holds_no_answers():
@@ -131,18 +133,25 @@ def test_rows_that_are_no_rows():
     [
         ("True", 1, False),
         ("1", True, False),
-        ("1.0", 1, False),
+        ("1.0", 1, True),
+        ("1", 1.0, True),
+        ("0.0", False, False),
         ("'1'", 1, False),
         ("(1, [2])", [1, [2]], True),
         ("[1, True]", [1, 1], False),
         ("{'a': 1, 'b': None}", {"b": None, "a": 1}, True),
         ("{'a': True}", {"a": 1}, False),
         ("0.1 + 0.2", 0.30000000000000004, True),
+        ("{7: 2, None: 3}", {"7": 2, "null": 3}, True),
+        ("{1}", [1], False),
+        ("10**5000", "x", False),
+        ("__import__('numpy').arange(3)", [0, 1, 2], True),
+        ("__import__('numpy').int64(3)", 3, True),
         ("'\\u00e9\\ud800'", "\u00e9\ud800", True),
         ("None", None, True),
     ],
 )
-def test_values_are_compared_by_type_too(returned, expected, equal):
+def test_values_are_compared_by_kind_too(returned, expected, equal):
     verdict = check(f"def f(): return {returned}", cases(([], expected)))
     assert verdict.outcome is (Outcome.CORRECT if equal else Outcome.INCORRECT)
 
@@ -173,38 +182,23 @@ def test_methods_imports_and_dataclasses():
     assert check(source, cases(([3], 5))).outcome is Outcome.CORRECT
 
 
-def test_the_surroundings(monkeypatch, tmp_path):
-    monkeypatch.setenv("SECRET_TOKEN", "x")
-    inherited = os.open(tmp_path, os.O_RDONLY)
-    os.set_inheritable(inherited, True)
-    look = """
-        import os
-        def f():
-            open("mine", "w").write("x")
-            return [sorted(os.environ), os.listdir("."), os.path.exists("/proc/self/fd/%d")]
-    """
-    verdict = check(look % inherited, cases(([], [["HOME", "LC_CTYPE", "PATH", "TMPDIR"], ["mine"], False])))
-    os.close(inherited)
-    assert verdict == Verdict(Outcome.CORRECT, "1 test passed")
-
-
-def test_nothing_is_left_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    assert (
-        check("def f(xs):\n    open('a', 'w').write('x')\n    while True: pass", limit=0.3).outcome is Outcome.INCORRECT
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [
         ("18", "got int, expected an object"),
         ("{", "Expecting property name"),
-        ('{"fn_name": "f"}', "fn_name must be a string, inputs and outputs must be lists"),
+        ('{"fn_name": "f"}', "no tests: expected inputs and outputs, tests, test, test_list or assert_case"),
+        ('{"fn_name": "f", "inputs": 1}', "fn_name must be a string, inputs and outputs must be lists"),
+        ('{"inputs": [1], "outputs": ["1"]}', "without fn_name, inputs and outputs are texts, or lists of lines"),
+        ('{"test": "assert f("}', "the test is not Python"),
+        ('{"test": "assert f()", "prompt": "def"}', "prompt is not Python"),
+        ('{"test": ["assert f()", 1]}', "test must be code or a list of lines of code"),
+        ('{"test": "assert f()", "entry_point": "f(); x"}', "entry_point the name of a function"),
+        ('[{"input": "1"}]', "tests must be a list of objects with input and output"),
+        ('[{"input": "1", "output": "1", "testtype": "functional"}]', "functional tests need fn_name"),
         ('{"fn_name": "f", "inputs": [], "outputs": []}', "0 inputs for 0 outputs"),
         ('{"fn_name": "f", "inputs": [[1]], "outputs": [1, 2]}', "1 inputs for 2 outputs"),
-        ('{"fn_name": "f", "inputs": [1], "outputs": [1]}', "each input is a list of arguments"),
+        ('{"fn_name": "f", "inputs": [1], "outputs": [1]}', "each input of a function is a list of arguments"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -212,17 +206,6 @@ def test_an_unusable_reference_is_unknown(reference, reason):
     verdict = check(RIGHT, reference)
     assert verdict.outcome is Outcome.UNKNOWN
     assert reason in verdict.reason
-
-
-def test_a_sandbox_that_does_not_start_is_unknown(monkeypatch):
-    monkeypatch.setattr(sandbox, "RUNNER", Path("/nowhere/runner.py"))
-    verdict = check(RIGHT)
-    assert verdict.outcome is Outcome.UNKNOWN
-    assert verdict.reason.startswith("The sandbox did not start: exited with code 2")
-    monkeypatch.setattr(sandbox.sys, "executable", "/nowhere/python")
-    verdict = check(RIGHT)
-    assert verdict.outcome is Outcome.UNKNOWN
-    assert verdict.reason.startswith("The sandbox cannot run: [Errno 2]")
 
 
 @pytest.mark.parametrize(
@@ -242,27 +225,7 @@ def test_last_block(text, block):
 
 
 def test_no_block():
-    assert CodeVerifier().verify(RIGHT, EVENS) == Verdict(Outcome.INCORRECT, "no fenced block found")
-
-
-def test_same_ignores_the_order_of_keys_only():
-    assert same({"a": [1], "b": 2}, {"b": 2, "a": [1]})
-    assert not same([1, 2], [2, 1])
-    assert not same([1], [1, 2])
-    assert same(float("inf"), float("inf"))
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_root_becomes_nobody_where_nobody_can_read_python(tmp_path):
-    python = Path("/usr/bin/python3")
-    if not python.exists():
-        pytest.skip("no Python of the system")
-    source = "import os\ndef f(): return [os.getuid(), os.geteuid(), os.getgid(), os.getgroups()]"
-    limits = {"cpu_s": 5, "memory_bytes": sandbox.MEMORY_BYTES, "file_bytes": sandbox.FILE_BYTES}
-    request = json.dumps({"source": source, "fn_name": "f", "inputs": [[]], **limits})
-    command = [str(python), "-I", "-S", str(sandbox.RUNNER)]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=tmp_path, env={}, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == ["value", [65534, 65534, 65534, []]]
+    assert verifier().verify("", RIGHT, EVENS) == Verdict(Outcome.INCORRECT, "no fenced block found")
 
 
 def test_importing_the_package_is_cheap():

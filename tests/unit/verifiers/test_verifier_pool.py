@@ -5,18 +5,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable
 
 import psutil
 import pytest
 
+from megatron_opd.config import VerifierConfig
 from megatron_opd.errors import ConfigError, ProcessError
-from megatron_opd.records import Outcome
+from megatron_opd.records import Outcome, Prompt
 from megatron_opd.verifiers import Verdict
 from megatron_opd.verifiers.pool import VerifierPool
 
-KINDS = {"math": "math", "code": "code", "chat": "none"}
+CONFIG = VerifierConfig(kinds={"math": "math", "code": "code", "chat": "none"}, workers=2, timeout_s=2.0)
 HANGS = r"\boxed{9^{9^{9^{9}}}}"  # sympy computes it
 SUM = json.dumps({"fn_name": "f", "inputs": [[[1, 2]]], "outputs": [3]})
+
+
+def ask(pool: VerifierPool, domain: str, response: str, reference: str) -> Awaitable[Verdict]:
+    return pool.verify(Prompt("p", domain, "", (), reference), response)
 
 
 def workers(parent: int | None = None) -> list[psutil.Process]:
@@ -38,75 +44,73 @@ async def fall_to(count: int, processes: list[psutil.Process], seconds: float = 
 
 @pytest.fixture
 async def pool():
-    made = VerifierPool(KINDS, workers=2, timeout_s=2.0)
+    made = VerifierPool(CONFIG)
     yield made
     await made.close()
     assert workers() == []
 
 
 async def test_every_kind_answers(pool):
-    assert await pool.verify("math", r"\boxed{18.0}", "#### 18") == Verdict(Outcome.CORRECT, "equal")
-    assert (await pool.verify("math", r"\boxed{17}", "18")).outcome is Outcome.INCORRECT
+    assert await ask(pool, "math", r"\boxed{18.0}", "#### 18") == Verdict(Outcome.CORRECT, "equal")
+    assert (await ask(pool, "math", r"\boxed{17}", "18")).outcome is Outcome.INCORRECT
     code = "```python\ndef f(xs):\n    return sum(xs)\n```"
-    assert await pool.verify("code", code, SUM) == Verdict(Outcome.CORRECT, "1 test passed")
-    assert (await pool.verify("chat", "hello", "")).outcome is Outcome.UNKNOWN
+    assert await ask(pool, "code", code, SUM) == Verdict(Outcome.CORRECT, "1 test passed")
+    assert (await ask(pool, "chat", "hello", "")).outcome is Outcome.UNKNOWN
 
 
 async def test_responses_of_any_size_and_text(pool):
     response = "\u00e9\ud800\n\0" * 300_000 + r"\boxed{18}"
-    assert (await pool.verify("math", response, "18")).outcome is Outcome.CORRECT
-    assert len((await pool.verify("math", rf"\boxed{{{'x+' * 900}1}}", "1" * 5000)).reason) <= 500
+    assert (await ask(pool, "math", response, "18")).outcome is Outcome.CORRECT
+    assert len((await ask(pool, "math", rf"\boxed{{{'x+' * 900}1}}", "1" * 5000)).reason) <= 500
 
 
 async def test_unknown_names(pool):
     with pytest.raises(ConfigError) as caught:
-        await pool.verify("poetry", "x", "y")
+        await ask(pool, "poetry", "x", "y")
     assert (caught.value.got, caught.value.expected) == ("poetry", "chat, code, math")
-    with pytest.raises(ConfigError, match="Unknown verifier"):
-        VerifierPool({"math": "oracle"}, workers=1, timeout_s=1.0)
 
 
 async def test_a_hang_is_killed_alone(pool):
-    await asyncio.gather(*(pool.verify("math", r"\boxed{1}", "1") for _ in range(4)))
+    await asyncio.gather(*(ask(pool, "math", r"\boxed{1}", "1") for _ in range(4)))
     before = workers()
     assert len(before) == 2
-    hang = asyncio.create_task(pool.verify("math", HANGS, "18"))
-    others = await asyncio.gather(*(pool.verify("math", rf"\boxed{{{i}}}", f"{i}.0") for i in range(40)))
+    hang = asyncio.create_task(ask(pool, "math", HANGS, "18"))
+    others = await asyncio.gather(*(ask(pool, "math", rf"\boxed{{{i}}}", f"{i}.0") for i in range(40)))
     assert {verdict.outcome for verdict in others} == {Outcome.CORRECT}
     assert not hang.done()
     assert await hang == Verdict(Outcome.UNKNOWN, "timed out after 2 s")
     assert await fall_to(1, before)
-    assert (await pool.verify("math", r"\boxed{18}", "18")).outcome is Outcome.CORRECT
+    assert (await ask(pool, "math", r"\boxed{18}", "18")).outcome is Outcome.CORRECT
 
 
 async def test_an_endless_loop_is_the_responses_mistake(pool):
-    verdict = await pool.verify("code", "```python\ndef f(xs):\n    while True: pass\n```", SUM)
+    verdict = await ask(pool, "code", "```python\ndef f(xs):\n    while True: pass\n```", SUM)
     assert verdict == Verdict(Outcome.INCORRECT, "1 of 1 tests failed; test 1: timed out after 1.6 s")
 
 
 async def test_a_worker_that_dies_is_replaced(pool):
-    await pool.verify("math", r"\boxed{1}", "1")
+    await ask(pool, "math", r"\boxed{1}", "1")
     (worker,) = workers()
-    hang = asyncio.create_task(pool.verify("math", HANGS, "18"))
+    hang = asyncio.create_task(ask(pool, "math", HANGS, "18"))
     await asyncio.sleep(0.2)
     worker.kill()
     assert await hang == Verdict(Outcome.UNKNOWN, "the verifier process died (signal 9)")
-    assert (await pool.verify("math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
+    assert (await ask(pool, "math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
     (worker,) = workers()
     worker.kill()  # idle
     assert await fall_to(0, [worker])
     await asyncio.sleep(0.1)
-    assert (await pool.verify("math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
+    assert (await ask(pool, "math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
 
 
 async def test_cancelling_frees_the_place(pool):
-    hangs = [asyncio.create_task(pool.verify("math", HANGS, "18")) for _ in range(2)]
+    hangs = [asyncio.create_task(ask(pool, "math", HANGS, "18")) for _ in range(2)]
     while len(workers()) < 2:
         await asyncio.sleep(0.05)
     for hang in hangs:
         hang.cancel()
     await asyncio.gather(*hangs, return_exceptions=True)
-    assert (await pool.verify("math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
+    assert (await ask(pool, "math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
 
 
 async def test_the_loop_is_not_blocked(pool):
@@ -119,25 +123,25 @@ async def test_the_loop_is_not_blocked(pool):
             await asyncio.sleep(0.01)
             longest = max(longest, time.monotonic() - started)
 
-    await pool.verify("math", r"\boxed{1}", "1")
+    await ask(pool, "math", r"\boxed{1}", "1")
     watcher = asyncio.create_task(watch())
-    await pool.verify("math", HANGS, "18")
+    await ask(pool, "math", HANGS, "18")
     watcher.cancel()
     assert 0.0 < longest < 0.5
 
 
 async def test_ctrl_c_does_not_end_workers(pool):
-    await pool.verify("math", r"\boxed{1}", "1")
+    await ask(pool, "math", r"\boxed{1}", "1")
     (worker,) = workers()
     worker.send_signal(signal.SIGINT)
-    assert (await pool.verify("math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
+    assert (await ask(pool, "math", r"\boxed{1}", "1")).outcome is Outcome.CORRECT
     assert workers() == [worker]
 
 
 async def test_closing_ends_what_is_under_way():
-    pool = VerifierPool(KINDS, workers=2, timeout_s=30.0)
-    await asyncio.gather(*(pool.verify("math", r"\boxed{1}", "1") for _ in range(2)))
-    hangs = [asyncio.create_task(pool.verify("math", HANGS, "18")) for _ in range(3)]
+    pool = VerifierPool(CONFIG.model_copy(update={"workers": 2, "timeout_s": 30.0}))
+    await asyncio.gather(*(ask(pool, "math", r"\boxed{1}", "1") for _ in range(2)))
+    hangs = [asyncio.create_task(ask(pool, "math", HANGS, "18")) for _ in range(3)]
     await asyncio.sleep(0.2)
     left = workers()
     await pool.close()
@@ -145,12 +149,12 @@ async def test_closing_ends_what_is_under_way():
     outcomes = await asyncio.gather(*hangs, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Verdict, Verdict, ProcessError]
     with pytest.raises(ProcessError, match="closed"):
-        await pool.verify("math", r"\boxed{1}", "1")
+        await ask(pool, "math", r"\boxed{1}", "1")
 
 
 async def test_closing_while_a_worker_starts():
-    pool = VerifierPool(KINDS, workers=1, timeout_s=30.0)
-    call = asyncio.create_task(pool.verify("math", HANGS, "18"))
+    pool = VerifierPool(CONFIG.model_copy(update={"workers": 1, "timeout_s": 30.0}))
+    call = asyncio.create_task(ask(pool, "math", HANGS, "18"))
     await asyncio.sleep(0)
     await pool.close()
     with pytest.raises(ProcessError):
@@ -160,10 +164,10 @@ async def test_closing_while_a_worker_starts():
 
 async def test_a_worker_that_cannot_start(monkeypatch, capfd):
     monkeypatch.setattr("megatron_opd.verifiers.pool.sys.executable", "/bin/false")
-    pool = VerifierPool(KINDS, workers=1, timeout_s=1.0)
+    pool = VerifierPool(CONFIG.model_copy(update={"workers": 1, "timeout_s": 1.0}))
     for _ in range(2):  # the place is not lost
         with pytest.raises(ProcessError) as caught:
-            await pool.verify("math", r"\boxed{1}", "1")
+            await ask(pool, "math", r"\boxed{1}", "1")
         assert caught.value.got == "exit code 1"
     await pool.close()
 
@@ -172,12 +176,14 @@ async def test_a_worker_that_cannot_start(monkeypatch, capfd):
 async def test_workers_die_with_their_parent(response):
     script = (
         "import asyncio, sys\n"
+        "from megatron_opd.config import VerifierConfig\n"
+        "from megatron_opd.records import Prompt\n"
         "from megatron_opd.verifiers.pool import VerifierPool\n"
         "async def main():\n"
-        "    pool = VerifierPool({'math': 'math'}, 1, 60.0)\n"
-        "    await pool.verify('math', '\\\\boxed{1}', '1')\n"
+        "    pool = VerifierPool(VerifierConfig(kinds={'math': 'math'}, timeout_s=60.0))\n"
+        "    await pool.verify(Prompt('p', 'math', '', (), '1'), '\\\\boxed{1}')\n"
         "    print('ready', flush=True)\n"
-        "    await pool.verify('math', sys.argv[1], '18')\n"
+        "    await pool.verify(Prompt('p', 'math', '', (), '18'), sys.argv[1])\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )

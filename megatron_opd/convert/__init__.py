@@ -1,0 +1,1 @@
+"""``megatron-opd convert``: between Hugging Face folders and Megatron checkpoints."""

@@ -1,0 +1,241 @@
+"""Weights by broadcast: one process group spans the trainer's first rank and all ranks of all engines.
+
+A tensor goes out of the memory it is in and arrives in memory of its own, without a copy on either side on the way:
+concatenating buckets costs more than sending many tensors. The next bucket is gathered from the trainer's ranks while
+the present one is on its way.
+
+The engines of a group share one fate: when one of them fails, the group is dead, and all others have to be sent
+everything again, in a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    _new_process_group_helper,  # private, but the engine uses it too: both ends must derive the same keys
+    _world,
+)
+
+from megatron_opd.engines.weights import WeightClient
+from megatron_opd.errors import EngineError, OpdError, RefreshError
+from megatron_opd.runtime.http import TransientError
+from megatron_opd.student.transports.base import NamedTensors, Sent, Transport, buckets, described, each, soon
+
+Parting = Callable[[Iterable[WeightClient]], Awaitable[None]]
+
+DEPARTURE_S = 0.005  # for a request to leave before gathering keeps this thread busy
+PARTING_S = 10.0  # for an engine to notice that its group is dead
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    members: tuple[WeightClient, ...]
+    store: dist.TCPStore
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """One bucket on its way."""
+
+    bytes: int
+    requests: dict[asyncio.Task, WeightClient]
+    works: list[dist.Work]
+    tensors: NamedTensors  # must live until the works are done
+
+
+class Broadcast(Transport):
+    """One group, formed anew when its members change or have been restarted."""
+
+    _group: _Group | None = None
+    _stale = False  # whether some member no longer knows the group
+    _dead: tuple[str, ...] = ()  # names of groups that broke: their members may still hold what is left of them
+
+    async def send(
+        self, engines: Sequence[WeightClient], weights: Iterator[tuple[str, torch.Tensor]], version: int, *, flush: bool
+    ) -> Sent:
+        sent = Sent()
+        try:
+            failed = await self._meet(engines) or await each(engines, WeightClient.begin_weight_update)
+            failed = failed or await self._send_buckets(engines, weights, version, flush, sent)
+            failed = failed or await each(engines, WeightClient.end_weight_update)
+        except BaseException:
+            self._drop()
+            raise
+        if failed:
+            self._drop()
+            with_others = EngineError("The weight group broke", got=", ".join(engine.url for engine in failed))
+            sent.failed = {engine: failed.get(engine, with_others) for engine in engines}
+        return sent
+
+    def forget(self, engine: WeightClient) -> None:
+        self._stale = self._stale or (self._group is not None and engine in self._group.members)
+
+    async def close(self) -> None:
+        """Let the engines forget the group: a server that the run was attached to goes on without it."""
+        if self._group is not None:
+            members = self._group.members
+            self._drop()
+            await self._clean_up(members)
+
+    async def _clean_up(self, engines: Sequence[WeightClient]) -> None:
+        for name in self._dead:
+            # One that was started again, or came later, knows of no such group.
+            await each(engines, lambda engine, name=name: soon(engine, engine.leave_weight_group(name)))
+        self._dead = ()
+
+    async def _send_buckets(
+        self,
+        engines: Sequence[WeightClient],
+        weights: Iterator[tuple[str, torch.Tensor]],
+        version: int,
+        flush: bool,
+        sent: Sent,
+    ) -> dict[WeightClient, OpdError]:
+        under_way = None
+        for bucket, last in buckets(weights, self._config.bucket_bytes):
+            if under_way is not None and (failed := await self._arrive(under_way)):
+                return failed
+            under_way = self._depart(engines, bucket, flush and last, version if last else None)
+            sent.bytes += under_way.bytes
+            if not last:
+                await asyncio.wait(under_way.requests, timeout=DEPARTURE_S)
+        return await self._arrive(under_way)
+
+    def _depart(
+        self, engines: Sequence[WeightClient], bucket: NamedTensors, flush: bool, version: int | None
+    ) -> _Bucket:
+        bucket = [(name, tensor.contiguous()) for name, tensor in bucket]
+        name, description = self._group.name, described(bucket)
+        works = [self._group.group.broadcast([tensor], _from_rank_0()) for _, tensor in bucket]
+        requests = {
+            asyncio.create_task(engine.receive_bucket(description, name, flush=flush, version=version)): engine
+            for engine in engines
+        }
+        return _Bucket(sum(tensor.nbytes for _, tensor in bucket), requests, works, bucket)
+
+    async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
+        """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
+
+        async def give_up(failed: Iterable[WeightClient]) -> None:
+            bucket.works.clear()  # each keeps the connections open
+            await self._break_up(failed)
+
+        failed = await self._together(bucket.requests, give_up)
+        for work in bucket.works if not failed else ():
+            work.wait()
+        return failed
+
+    async def _meet(self, engines: Sequence[WeightClient]) -> dict[WeightClient, OpdError]:
+        """Form a group of just these engines, unless there is one; engines that did not join."""
+        if self._group is not None and self._group.members == tuple(engines) and not self._stale:
+            return {}
+        self._drop()
+        await self._clean_up(engines)
+        sizes: dict[WeightClient, int] = {}
+
+        async def ask(engine: WeightClient) -> None:
+            sizes[engine] = await engine.tensor_parallel()
+
+        if failed := await each(engines, ask):
+            return failed
+        world, offset = 1 + sum(sizes.values()), 1
+        backend = "nccl" if dist.get_backend() == "nccl" else "gloo"
+        # A name of its own: an engine that outlives a killed run may still know that one's group.
+        name = f"megatron_opd_{secrets.token_hex(4)}"
+        host, port, timeout = self._place.host, self._place.port, timedelta(seconds=self._config.timeout_s)
+        meeting = [dist.TCPStore(host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)]
+        joining = {}
+        for engine in engines:
+            request = engine.join_weight_group(host, port, offset, world, backend, name)
+            joining[asyncio.create_task(request)] = engine
+            offset += sizes[engine]
+        opening = asyncio.create_task(asyncio.to_thread(_open_group, name, backend, host, port, world, timeout))
+
+        async def close_store(_: Iterable[WeightClient]) -> None:
+            meeting.clear()
+
+        failed = await self._together(joining, close_store, opening)
+        if not failed:
+            self._group = _Group(name, tuple(engines), meeting.pop(), opening.result())
+        return failed
+
+    async def _together(
+        self, requests: dict[asyncio.Task, WeightClient], part: Parting, *own: asyncio.Task
+    ) -> dict[WeightClient, OpdError]:
+        """Wait until all is done. At the first failure, or after the deadline, ``part``, which is told the engines
+        that failed, wakes whoever waits for others.
+
+        Engines that failed, as they say themselves or by their silence.
+        """
+        everything = {*requests, *own}
+        done, waiting = await asyncio.wait(
+            everything, timeout=self._config.timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
+        if not waiting and not any(task.exception() for task in done):
+            return {}
+        await part([requests[task] for task in done if task in requests and task.exception()])
+        if waiting:
+            _, waiting = await asyncio.wait(waiting, timeout=PARTING_S)
+        failed = {}
+        for task in everything - waiting:
+            if (error := task.exception()) is not None and task in requests:
+                failed[requests[task]] = error
+        for task in waiting:
+            task.cancel()
+            if task in requests:
+                where = requests[task].url
+                failed[requests[task]] = TransientError("An engine does not take its weights", where=where)
+        unexpected = [error for error in failed.values() if not isinstance(error, EngineError)]
+        if unexpected or not failed:
+            raise unexpected[0] if unexpected else RefreshError("The weight group broke", got=_first_error(own))
+        return failed
+
+    async def _break_up(self, failed: Iterable[WeightClient]) -> None:
+        """Leave, and let engines that have failed leave: whoever waits for one of them gets an error."""
+        name = self._group.name
+        self._drop()
+        await each(failed, lambda engine: soon(engine, engine.leave_weight_group(name)))
+
+    def _drop(self) -> None:
+        """Leave the group without a word."""
+        if self._group is not None:
+            left, self._group, self._stale = self._group, None, False
+            self._dead += (left.name,)
+            dist.destroy_process_group(left.group)
+            last_references = [left]
+            del left
+            # gloo cannot give up what it is sending: its destructor waits, and must not keep this thread waiting.
+            threading.Thread(target=last_references.clear, daemon=True).start()
+
+
+def _open_group(name: str, backend: str, host: str, port: int, world: int, timeout: timedelta) -> dist.ProcessGroup:
+    # Not torch's rendezvous(): under torchrun that one looks for the launcher's store. And a connection like that of
+    # the engines, so that all of them, and this thread, stop waiting when the store is closed.
+    store = dist.TCPStore(host, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
+    group, _ = _new_process_group_helper(
+        world, 0, [], Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout
+    )
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}  # destroy_process_group looks for it
+    return group
+
+
+def _first_error(tasks: Iterable[asyncio.Task]) -> BaseException | None:
+    return next((task.exception() for task in tasks if task.done() and not task.cancelled()), None)
+
+
+def _from_rank_0() -> dist.BroadcastOptions:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    return options

@@ -1,0 +1,74 @@
+"""Weights by files: a folder for each version, complete when it has its name, on a file system that all engines see."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from megatron_opd.engines.weights import WeightClient
+from megatron_opd.errors import RefreshError
+from megatron_opd.student.transports.base import NamedTensors, Sent, Transport, buckets, each
+
+
+class Disk(Transport):
+    """A file for each bucket. A version's folder goes when all engines that could be reached have a newer one."""
+
+    async def send(
+        self, engines: Sequence[WeightClient], weights: Iterator[tuple[str, torch.Tensor]], version: int, *, flush: bool
+    ) -> Sent:
+        folder = self._place.folder.absolute() / f"version_{version:06d}"
+        size = self._write(folder, weights)
+        failed = await each(engines, lambda engine: engine.load_folder(folder, flush=flush, version=version))
+        if not failed:
+            for other in folder.parent.glob("version_*"):
+                if other != folder:
+                    shutil.rmtree(other)
+        return Sent(size, failed)
+
+    def _write(self, folder: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> int:
+        """Fill the folder, which is there in one rename; its bytes. Raises RefreshError, and leaves nothing behind."""
+        partial = folder.with_name(f".{folder.name}.partial")
+        for old in (partial, folder):  # of a run that was killed, or of a second attempt
+            if old.exists():
+                shutil.rmtree(old)
+        partial.mkdir(parents=True)
+        written = 0
+        try:
+            for number, (bucket, _) in enumerate(buckets(weights, self._config.bucket_bytes), 1):
+                written += _write_bucket(partial / f"weights-{number:05d}.safetensors", bucket, written)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        partial.rename(folder)
+        return written
+
+
+def _write_bucket(path: Path, bucket: NamedTensors, before: int) -> int:
+    size = sum(tensor.nbytes for _, tensor in bucket)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise _full(path, size, free, before)
+    try:
+        # A copy where memory is shared, which safetensors refuses: with each other, or with what is beside a slice.
+        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in bucket}, path)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise _full(path, size, shutil.disk_usage(path.parent).free, before) from error
+        raise RefreshError("The new weights cannot be written", where=path, got=error) from error
+    return size
+
+
+def _full(path: Path, size: int, free: int, before: int) -> RefreshError:
+    return RefreshError(
+        "The disk is full: the new weights cannot be written, and the engines keep the old ones",
+        where=path,
+        got=f"{free:,} bytes free after {before:,} bytes of this version",
+        expected=f"at least {size:,} for the next file",
+        fix="make room, or set refresh.folder to another file system that the engines see",
+    )

@@ -1,0 +1,126 @@
+"""The trainer's view of an engine: brackets by release, refusals, pauses, and the state of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from fake_engine import FakeEngine
+
+from megatron_opd.engines.memory import MemoryOccupation
+from megatron_opd.engines.weights import WeightBucket, WeightClient
+from megatron_opd.errors import EngineError
+
+BEGIN, END = "/begin_weight_update", "/end_weight_update"
+
+
+@pytest.fixture
+async def engine(fake) -> AsyncIterator[tuple[object, WeightClient]]:
+    """The fake server that answers what it is told to, and the trainer's client of it."""
+    server, plain = fake
+    client = WeightClient(plain.url, timeout_s=5, max_concurrency=4)
+    yield server, client
+    await client.close()
+
+
+@pytest.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Callable]:
+    """Serves the weight endpoints of a release of SGLang."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(**options: object) -> tuple[FakeEngine, WeightClient]:
+            fake, app = FakeEngine(tmp_path, **options), web.Application()
+            app.router.add_get("/{path:.*}", fake.get)
+            app.router.add_post("/{path:.*}", fake.post)
+            running = await stack.enter_async_context(TestServer(app))
+            client = WeightClient(str(running.make_url("/")), timeout_s=5, max_concurrency=4)
+            stack.push_async_callback(client.close)
+            return fake, client
+
+        yield begin
+
+
+async def test_an_update_that_failed_is_an_error(engine) -> None:
+    server, client = engine
+    server.answer = {"success": False, "message": "partially updated"}
+    with pytest.raises(EngineError, match="update_weights_from_distributed") as caught:
+        await client.receive_bucket(WeightBucket(["a"], ["float32"], [[1]]), "g", flush=True, version=1)
+    assert "partially updated" in str(caught.value)
+
+
+async def test_only_the_last_bucket_names_the_version(engine) -> None:
+    server, client = engine
+    server.answer = {"success": True}
+    for version in (None, 7):
+        await client.receive_bucket(WeightBucket(["a"], ["float32"], [[1]]), "g", flush=False, version=version)
+    assert [body.get("weight_version", "none") for _, body in server.posts] == ["none", "7"]
+
+
+@pytest.mark.parametrize(
+    ("release", "known", "asked"),
+    [
+        ("0.5.20", False, []),
+        ("0.5.21", True, [BEGIN, END]),
+        ("0.6.0.dev1+cpu", True, [BEGIN, END]),
+        ("0.0.0.dev1+g1234", True, [BEGIN, END]),  # a build from source says nothing of its release
+        ("0.0.0.dev1+g1234", False, [BEGIN]),
+    ],
+)
+async def test_brackets_only_where_the_server_knows_them(serve, release: str, known: bool, asked: list[str]) -> None:
+    fake, client = await serve(release="0.5.21" if known else "0.5.20")
+
+    async def info() -> dict:
+        return {"version": release}
+
+    client.server_info = info
+    await client.begin_weight_update()
+    await client.end_weight_update()
+    assert fake.calls == asked
+
+
+async def test_an_update_that_was_left_open_is_ended_first(serve) -> None:
+    fake, client = await serve()
+    await client.begin_weight_update()
+    await client.begin_weight_update()
+    assert [path for path in fake.calls if path in (BEGIN, END)] == [BEGIN, BEGIN, END, BEGIN]
+    assert fake.is_open
+
+
+async def test_a_checksum_is_taken_where_there_is_one(serve) -> None:
+    fake, client = await serve()
+    assert await client.weights_checksum() is None
+    fake.checksum = "abc"
+    assert await client.weights_checksum() == "abc"
+
+
+async def test_memory_is_never_taken_twice(engine) -> None:
+    """A second resume would end the server."""
+    server, client = engine
+    memory = MemoryOccupation(client)
+    await memory.resume(["weights", "kv_cache"])
+    assert server.posts == []
+    await memory.release(["weights", "kv_cache"])
+    await memory.release(["kv_cache"])
+    assert memory.released == {"weights", "kv_cache"}
+    await memory.resume(["weights"])
+    await memory.resume(["weights", "kv_cache"])
+    assert memory.released == frozenset()
+    asked = [(path.split("_")[0], body["tags"]) for path, body in server.posts]
+    assert asked == [("/release", ["weights", "kv_cache"]), ("/resume", ["weights"]), ("/resume", ["kv_cache"])]
+
+
+async def test_memory_in_an_unknown_state_is_left_alone(engine) -> None:
+    server, client = engine
+    memory = MemoryOccupation(client)
+    server.status = 500
+    with pytest.raises(EngineError, match="refused"):
+        await memory.release(["weights"])
+    server.status = 200
+    for call in (memory.release, memory.resume):
+        with pytest.raises(EngineError, match="not known"):
+            await call(["kv_cache"])
+    assert len(server.posts) == 1

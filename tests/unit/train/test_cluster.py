@@ -1,0 +1,108 @@
+"""Places, commands and keys of a run's processes in a SLURM job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_opd.config import ClusterConfig, Config, load_config
+from megatron_opd.engines.connect import key_of
+from megatron_opd.errors import ConfigError
+from megatron_opd.runtime.slurm import Allocation, Node
+from megatron_opd.train.cluster import ONE_MACHINE, Cluster, demands, find_cluster
+from megatron_opd.train.placement import Place, place
+from megatron_opd.train.roles import Role, assign_endpoints, on_nodes
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+GPU_NODE = Node("g1", "10.0.0.1", 96, 8)
+
+
+def settings(name: str, *changes: str) -> Config:
+    return load_config(CONF / name, list(changes))
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("single_teacher", 3), ("multi_teacher", 4), ("strong_to_weak", 4)])
+def test_the_paper_s_settings_fill_the_nodes_that_their_scripts_name(name: str, nodes: int) -> None:
+    wanted = demands(settings(f"{name}.yaml"), on_gpus=True)
+    eight = [Node(f"g{number}", f"10.0.0.{number}", 96, 8) for number in range(nodes)]
+    place(wanted, eight)
+    with pytest.raises(ConfigError, match="does not fit"):
+        place(wanted, eight[1:])
+    script = (CONF.parent / "launch" / f"train_{name}.sh").read_text()
+    assert f"--nodes={nodes} --gpus-per-node=8" in script
+
+
+@pytest.mark.parametrize("script", sorted((CONF.parent / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_launch_scripts_are_short_and_hold_no_logic(script: Path) -> None:
+    lines = script.read_text().splitlines()
+    commands = [line for line in lines if line and not line.startswith("#")]
+    assert len(lines) <= 40
+    assert [line.split()[0] for line in commands] == ["set", "cd", "exec"]
+
+
+def test_servers_that_run_already_need_no_place() -> None:
+    roles = [
+        one.role for one in demands(settings("toy.yaml", "rollout.server.urls=[http://10.0.0.9:1]"), on_gpus=False)
+    ]
+    assert roles == ["student", "teacher-math", "teacher-code"]
+
+
+def test_on_one_machine_commands_stay_as_they_are() -> None:
+    role = Role("rollout", ["python", "x"], {}, None)
+    assert on_nodes([role], ONE_MACHINE, "key") == [role]
+    assert assign_endpoints(settings("toy.yaml")).coordinator.startswith("http://127.0.0.1:")
+
+
+def in_job(**options: object) -> Cluster:
+    places = {"rollout": Place((GPU_NODE,), (2, 3)), "coordinator": Place((GPU_NODE,), ())}
+    student = Place((replace(GPU_NODE, name="g2"), replace(GPU_NODE, name="g3")), (0, 1))
+    return Cluster(ClusterConfig(**options), Allocation("7", (GPU_NODE,)), places | {"student": student})
+
+
+def test_srun_starts_one_process_on_each_node_and_names_its_gpus() -> None:
+    argv = in_job(srun=["--cpu-bind=none"]).command("student", ["python", "x"], None)
+    assert argv[0] == "srun"
+    assert {"--overlap", "--nodes=2", "--ntasks=2", "--nodelist=g2,g3", "--cpu-bind=none"} <= set(argv)
+    assert argv[-4:] == ["env", "CUDA_VISIBLE_DEVICES=0,1", "python", "x"]
+
+
+def test_containers_are_those_of_the_cluster_s_tool() -> None:
+    pyxis = in_job(container_tool="pyxis", container_mounts=["/a:/a"]).command("rollout", ["x"], "image")
+    assert {"--container-image=image", "--container-mounts=/a:/a"} <= set(pyxis)
+    apptainer = in_job(container_tool="apptainer", container_mounts=["/a:/a"]).command("rollout", ["x"], "image.sif")
+    inner = apptainer[apptainer.index("apptainer") :]
+    assert inner[:6] == ["apptainer", "exec", "--nv", "--bind", "/a:/a", "image.sif"]
+
+
+def test_a_component_of_a_heterogeneous_job_is_named() -> None:
+    node = replace(GPU_NODE, het_group=1)
+    cluster = replace(in_job(), places={"rollout": Place((node,), (0,))})
+    assert "--het-group=1" in cluster.command("rollout", ["x"], None)
+
+
+def test_servers_off_loopback_get_the_token_in_their_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    [role] = on_nodes([Role("rollout", ["x"], {}, None)], in_job(), "the-key")
+    assert not any("the-key" in part for part in role.argv)
+    monkeypatch.delenv("OPD_ENGINE_KEY", raising=False)
+    assert key_of(settings("toy.yaml").rollout.server) is None
+    for name, value in role.environment.items():
+        monkeypatch.setenv(name, value)
+    assert key_of(settings("toy.yaml").rollout.server) == "the-key"
+    attached = settings("toy.yaml", "rollout.server.urls=[http://10.0.0.9:1]").rollout.server
+    assert key_of(attached) is None  # a token of ours is not for other people's servers
+
+
+def test_outside_a_job_slurm_cannot_be_asked_for() -> None:
+    with pytest.raises(ConfigError, match="no SLURM job"):
+        find_cluster(settings("toy.yaml", "cluster.launcher=slurm"), {})
+    assert find_cluster(settings("toy.yaml"), {}) is ONE_MACHINE
+    assert find_cluster(settings("toy.yaml", "cluster.launcher=local"), {"SLURM_JOB_ID": "7"}) is ONE_MACHINE
+
+
+def test_gpus_and_half_given_containers_are_refused_in_a_job_all_at_once() -> None:
+    changes = ["rollout.server.gpus='0'", "cluster.trainer_image=x"]
+    with pytest.raises(ConfigError) as raised:
+        find_cluster(settings("toy.yaml", *changes), {"SLURM_JOB_ID": "7"})
+    assert "gpus of rollout" in str(raised.value) and "container_tool" in str(raised.value)
