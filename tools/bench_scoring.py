@@ -3,7 +3,8 @@
     python tools/bench_scoring.py [--engine sglang|vllm] [--groups 8] [--samples 8] [--prompt 512] [--response 128]
 
 A server of the toy math teacher on the CPU scores groups of random responses to random prompts, all requests at once,
-as a run sends them: for the response only (start at the prompt's last token), and for the whole text (start at 0).
+as a run sends them: for the whole text (start at 0), for the response only (start at the prompt's last token), and for
+the response only after one sample of each group has been scored, so that the cache holds every prompt.
 Before that, made-up answers in the form of either engine are decoded: text to checked arrays, CPU time of one thread.
 """
 
@@ -30,9 +31,10 @@ from megatron_opd.teachers.scoring import Scores, score, score_request
 from megatron_opd.train.roles import replica_roles
 
 TOY_VOCABULARY = 512
+WHOLE, RESPONSE, STAGGERED = "whole text", "response only", "response only, one of each first"
 
 
-async def measure(client: ScoringClient, options: argparse.Namespace, *, whole: bool) -> None:
+async def measure(client: ScoringClient, options: argparse.Namespace, how: str) -> None:
     """Score fresh groups and print what they cost."""
     rng = np.random.default_rng(time.time_ns())
     requests = []
@@ -40,15 +42,16 @@ async def measure(client: ScoringClient, options: argparse.Namespace, *, whole: 
         prompt = rng.integers(4, TOY_VOCABULARY, options.prompt)
         for _ in range(options.samples):
             text = np.r_[prompt, rng.integers(4, TOY_VOCABULARY, options.response)]
-            cut = 1 if whole else options.prompt
+            cut = 1 if how == WHOLE else options.prompt
             requests.append(score_request(text[:cut], text[cut:], TOY_VOCABULARY, 0))
-    began = time.perf_counter()
-    found: list[Scores] = await asyncio.gather(*(score(client, request) for request in requests))
+    parts = [requests[:: options.samples], [r for i, r in enumerate(requests) if i % options.samples]]
+    began, found = time.perf_counter(), list[Scores]()
+    for part in parts if how == STAGGERED else [requests]:
+        found += await asyncio.gather(*(score(client, request) for request in part))
     seconds = time.perf_counter() - began
     wanted = options.response * len(found)
     prefilled = sum(scores.prefilled for scores in found)
-    name = "whole text" if whole else "response only"
-    print(f"{name:14} {prefilled:>9,} prefilled {prefilled / wanted:7.2f} per scored token {seconds:8.2f} s")
+    print(f"{how:31} {prefilled:>9,} prefilled {prefilled / wanted:7.2f} per scored token {seconds:8.2f} s")
 
 
 async def serve_and_measure(options: argparse.Namespace) -> None:
@@ -60,11 +63,8 @@ async def serve_and_measure(options: argparse.Namespace) -> None:
         client = new_client(config.engine, teacher.server, url)
         try:
             await client.wait_until_ready(config.engine.start_timeout_s)
-            await measure(
-                client, argparse.Namespace(**vars(options) | {"groups": 1, "samples": 1}), whole=False
-            )  # warm
-            for whole in (False, True, False, True):
-                await measure(client, options, whole=whole)
+            for how in (WHOLE, RESPONSE, STAGGERED) * 2:  # the first one also warms the server up
+                await measure(client, options, how)
         finally:
             await client.close()
             for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
@@ -80,9 +80,8 @@ def sglang_reply(ids: np.ndarray, cut: int, k: int) -> str:
         "cached_tokens": 0,
         "finish_reason": {"type": "length", "length": 0},
     }
-    return json.dumps(
-        {"meta_info": meta | (json.loads(base64_body(rows(length, k))) if k else {})}, separators=(",", ":")
-    )
+    meta |= json.loads(base64_body(rows(length, k))) if k else {}
+    return json.dumps({"meta_info": meta}, separators=(",", ":"))
 
 
 def vllm_reply(ids: np.ndarray, k: int) -> str:
