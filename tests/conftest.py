@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from megatron_opd.config import load_config
+from megatron_opd.runtime.ports import free_port
 from megatron_opd.runtime.process import start
-from megatron_opd.train.roles import assign_endpoints, server_roles
+from megatron_opd.train.roles import Role, assign_endpoints, replica_roles, server_roles
 from megatron_opd.train.supervisor import answers
 
 from runs import COMMAND, ROOT, START_LIMIT_S, TOY, Run, Servers
@@ -39,7 +40,13 @@ def started_servers(logs: Path, *overrides: str) -> Iterator[Servers]:
     os.chdir(ROOT)
     config = load_config(TOY, list(overrides))
     endpoints = assign_endpoints(config)
-    roles = server_roles(config, endpoints)
+    with running(server_roles(config, endpoints), logs):
+        yield Servers(endpoints.rollout[0], endpoints.teachers["math"][0], endpoints.teachers["code"][0])
+
+
+@contextmanager
+def running(roles: list[Role], logs: Path) -> Iterator[None]:
+    """These servers, once all of them answer; they are killed afterwards."""
     children = [start(role.name, role.argv, role.environment, logs / f"{role.name}.log") for role in roles]
     try:
         deadline = time.monotonic() + START_LIMIT_S
@@ -47,12 +54,26 @@ def started_servers(logs: Path, *overrides: str) -> Iterator[Servers]:
             while not answers(role.ready_url):
                 assert child.returncode is None and time.monotonic() < deadline, child.last_lines(40)
                 time.sleep(0.5)
-        yield Servers(endpoints.rollout[0], endpoints.teachers["math"][0], endpoints.teachers["code"][0])
+        yield
     finally:
         for child in children:
             with suppress(psutil.NoSuchProcess):  # one that died while it started
                 for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
                     process.kill()
+
+
+@pytest.fixture(scope="session")
+def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A vLLM that serves the math teacher of conf/toy.yaml."""
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("vLLM is not installed: make .venv-vllm")
+    os.chdir(ROOT)
+    config = load_config(TOY, ["teachers.math.server.engine=vllm", "scoring.top_k=5"])
+    url = f"http://127.0.0.1:{free_port()}"
+    teacher = config.teachers["math"]
+    with running(replica_roles(config, "vllm", teacher.server, teacher.model, [url]), tmp_path_factory.mktemp("vllm")):
+        yield url
 
 
 @pytest.fixture

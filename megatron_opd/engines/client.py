@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import READY_S, fetch, new_session, parse_json, wait_until_ready
 
 CONTROL_BYTES = 64 << 20  # longest answer of an endpoint whose answers do not grow with the request
+SPARE_CONNECTIONS = 8  # for requests about the server itself, while all others are taken
 
 
 class EngineClient:
     """One server. Not bound to a task: any number of requests may be under way.
 
     timeout_s, prompt_token_s, new_token_s: longest wait for an answer, and what each token of the request and each that
-    may be sampled adds to it. api_key: bearer token; it is only ever in the session's headers.
+    may be sampled adds to it. The clock starts when a request is sent, not while it waits for one of the
+    ``max_concurrency`` places. api_key: bearer token; it is only ever in the session's headers.
     """
 
     ready_path: str  # answers 200 when the server takes requests
@@ -33,7 +37,10 @@ class EngineClient:
     ) -> None:
         self.url = url.rstrip("/")
         self._timeout_s, self._prompt_token_s, self._new_token_s = timeout_s, prompt_token_s, new_token_s
-        self._session = new_session(timeout_s=timeout_s, max_connections=max_concurrency, token=api_key)
+        self._session = new_session(
+            timeout_s=timeout_s, max_connections=max_concurrency + SPARE_CONNECTIONS, token=api_key
+        )
+        self._places = asyncio.Semaphore(max_concurrency)  # of requests with tokens
 
     async def close(self) -> None:
         await self._session.close()
@@ -57,9 +64,9 @@ class EngineClient:
     async def _post(
         self, path: str, body: dict, *, prompt_tokens: int = 0, new_tokens: int = 0, max_bytes: int = CONTROL_BYTES
     ) -> dict:
-        limit_s = self.deadline_s(prompt_tokens, new_tokens)
-        url = self.url + path
-        _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
+        limit_s, url = self.deadline_s(prompt_tokens, new_tokens), self.url + path
+        async with self._places if prompt_tokens else nullcontext():
+            _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
         return parse_json(answer, url, self.read_answer)
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:

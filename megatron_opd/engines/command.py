@@ -35,8 +35,13 @@ def check_engine_python(engine: EngineConfig) -> None:
         )
 
 
-def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: str, seed: int) -> list[str]:
-    """Command line of a server of ``model`` at ``url``. Token ids only: the server needs no tokenizer."""
+def server_argv(
+    engine: EngineConfig, server: ServerConfig, model: Path, url: str, seed: int, *, frozen: bool = False
+) -> list[str]:
+    """Command line of a server of ``model`` at ``url``. Token ids only: the server needs no tokenizer.
+
+    ``frozen``: its weights are never refreshed, so their version is the model's name, which every answer then bears.
+    """
     address = urlsplit(url)
     argv = [
         *(str(engine.python.absolute()), "-P", str(LAUNCHER)),  # -P: modules beside the launcher must not shadow SGLang
@@ -49,6 +54,7 @@ def server_argv(engine: EngineConfig, server: ServerConfig, model: Path, url: st
         "--enable-metrics",
         *("--grammar-backend", "none"),
     ]
+    argv += ["--weight-version", str(model)] if frozen else []
     argv += ["--enable-deterministic-inference"] if engine.deterministic else []
     if resolve_device(engine.device) == "cpu":
         # In one piece: where a prompt is cut depends on the others of the batch, and cutting changes the rounding.

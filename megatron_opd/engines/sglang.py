@@ -78,7 +78,7 @@ class SGLangClient(EngineClient):
         self._check(len(replies) == samples, "number of responses", len(replies), samples)
         try:
             return [self._parse_generation(reply, top_ids) for reply in replies]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise EngineError("The server's response is malformed", where=self.url, got=repr(error)) from error
 
     def _parse_generation(self, reply: dict, top_ids: int) -> Generation:
@@ -109,7 +109,8 @@ class SGLangClient(EngineClient):
         starts = [span["start"] for span in spans] + [length]
         ends = [0] + [span["end"] for span in spans]
         self._check(starts == ends, "weight_versions", spans, f"spans that cover 0..{length}")
-        versions = [-1 if span["version"] == "default" else int(span["version"]) for span in spans]
+        names = [span["version"] for span in spans]  # "default" before a refresh, or what a frozen model is called
+        versions = [int(name) if name.isdecimal() else -1 for name in names]
         return np.repeat(np.array(versions, dtype=np.int64), np.diff(ends))
 
     # ---------------------------------------------------------------- scoring

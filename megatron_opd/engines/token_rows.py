@@ -84,5 +84,8 @@ def _rows(text: bytes) -> TokenRows:
 def _put_back(reply: object, found: list[TokenRows]) -> None:
     meta = reply.get("meta_info") if isinstance(reply, dict) else None
     for name in FIELDS if isinstance(meta, dict) else ():
-        if isinstance(meta.get(name), int):
-            meta[name] = found[meta[name]]
+        number = meta.get(name)
+        if isinstance(number, int):
+            if not 0 <= number < len(found):
+                raise ValueError(f"{name} is a number")
+            meta[name] = found[number]

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_opd.records import TopRows
 
 LARGEST_LOGPROB = 1e-3  # a log-prob is at most 0; float arithmetic may exceed it a little
+SMALLEST_LOGPROB = -9999.0  # what vLLM writes for minus infinity; no real one comes near
 LARGEST_MASS = 1 + 1e-3  # likewise for the sum of a row's probabilities
 LARGEST_DIFFERENCE = 1e-4  # between a token's log-prob in its row and the one that came beside the token
 
@@ -58,6 +59,7 @@ def check_rows(top: TopRows, token_ids: np.ndarray, logprobs: np.ndarray, check:
     check(bool((np.diff(np.sort(ids, axis=1), axis=1) > 0).all()), "top-k ids", "an id twice in a row", "distinct ids")
     check(bool(np.isfinite(values).all()), "top-k log-probs", "a value that is not finite", "finite values")
     check(bool((values <= LARGEST_LOGPROB).all()), "top-k log-probs", values.max(), "at most 0")
+    check(bool((values > SMALLEST_LOGPROB).all()), "top-k log-probs", values.min(), f"above {SMALLEST_LOGPROB:g}")
     check(bool((np.diff(values, axis=1) <= 0).all()), "order of the top-k log-probs", "a rise", "largest first")
     mass = np.exp(values.astype(np.float64)).sum(axis=1).max()
     check(bool(mass <= LARGEST_MASS), "sum of top-k probabilities", mass, "at most 1")

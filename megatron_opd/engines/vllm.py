@@ -10,7 +10,7 @@ from megatron_opd.engines import vllm_scores
 from megatron_opd.engines.client import EngineClient
 from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
 from megatron_opd.engines.scores import Served
-from megatron_opd.engines.top_rows import LARGEST_LOGPROB
+from megatron_opd.engines.top_rows import LARGEST_LOGPROB, SMALLEST_LOGPROB
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import BadReply
 
@@ -68,7 +68,7 @@ class VLLMClient(EngineClient):
         finish = choice["finish_reason"]
         self._check(finish in ("stop", "length"), "finish_reason", finish, "stop or length")
         self._check(0 < len(token_ids) == len(logprobs), "number of log-probs", len(logprobs), len(token_ids))
-        self._check(bool(np.isfinite(logprobs).all()), "log-probs", "a value that is not finite", "finite values")
+        self._check(bool((logprobs > SMALLEST_LOGPROB).all()), "log-probs", logprobs.min(), "finite values")
         self._check(bool((logprobs <= LARGEST_LOGPROB).all()), "log-probs", logprobs.max(), "at most 0")
         versions = np.full(len(token_ids), -1, dtype=np.int64)  # its weights are never refreshed
         return Generation(token_ids, logprobs, versions, finish, None)

@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 IDLE_S = 2.0
 CONNECT_S = 10.0
 READY_S = 5.0  # longest wait for an answer about readiness
+READY_BYTES = 1 << 20  # longest such answer
 TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
 
 
@@ -81,7 +82,6 @@ async def _read(response: aiohttp.ClientResponse, url: str, max_bytes: int | Non
         parts.append(part)
         size += len(part)
         if size > max_bytes:
-            response.close()  # or leaving the request would read the rest
             raise BadReply(
                 "A server's answer is longer than it can be", kind="too_large", where=url, expected=f"{max_bytes} bytes"
             )
@@ -123,7 +123,7 @@ async def wait_until_ready(url: str, timeout_s: float, session: aiohttp.ClientSe
         session = session or await stack.enter_async_context(new_session(timeout_s=READY_S))
         while True:
             try:
-                await fetch(session, "GET", url, timeout_s=READY_S)
+                await fetch(session, "GET", url, max_bytes=READY_BYTES, timeout_s=READY_S)
                 return
             except EngineError as error:
                 if error.kind == "denied":

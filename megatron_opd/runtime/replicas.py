@@ -45,7 +45,7 @@ class Replica(Generic[Client]):
     client: Client
     tokens: int = 0  # of the requests under way
     served: int = 0  # requests so far; decides between replicas that are equally busy
-    failures: int = 0  # in a row
+    failures: int = 0  # in a row; a probe that answers does not end the row, only a request does
     pause_s: float = 0.0  # before the next probe; 0 since a request has succeeded
     resting: bool = False
     taken_out: str | None = None  # why somebody took it out; None while nobody has
@@ -186,8 +186,7 @@ class ReplicaPool(Generic[Client]):
     def _note_failure(self, replica: Replica[Client], error: EngineError) -> None:
         replica.failures += 1
         replica.last_error = error
-        returned = replica.pause_s > 0  # and has not succeeded since
-        if not replica.resting and (returned or replica.failures >= self._config.failures):
+        if not replica.resting and replica.failures >= self._config.failures:
             replica.resting = True
             logger.warning("%s: %s rests: %s", self.role, replica.client.url, error.what)
             replica.revival = asyncio.create_task(self._revive(replica))

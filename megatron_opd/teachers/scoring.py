@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_opd.engines.scores import PromptScores, Require, ScoreRequest, ScoringClient, Served
-from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows
+from megatron_opd.engines.top_rows import LARGEST_LOGPROB, SMALLEST_LOGPROB, check_rows
 from megatron_opd.errors import EngineError
 from megatron_opd.records import TopRows
 from megatron_opd.runtime.http import BadReply
@@ -98,6 +98,8 @@ def _check_values(found: PromptScores, request: ScoreRequest, require: Require) 
     """Log-probs are finite and at most 0; rows are what rows can be."""
     values = found.logprobs
     require(bool(np.isfinite(values).all()), "not_finite", "log-probs", "a value that is not finite", "finite values")
+    least = f"above {SMALLEST_LOGPROB:g}, which some servers write for minus infinity"
+    require(bool((values > SMALLEST_LOGPROB).all()), "not_finite", "log-probs", values.min(), least)
     require(bool((values <= LARGEST_LOGPROB).all()), "positive", "log-probs", values.max(), "at most 0")
     if found.top is not None:
         largest = int(found.top.ids.max())

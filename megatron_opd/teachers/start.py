@@ -19,6 +19,8 @@ from megatron_opd.teachers.pool import Teacher, TeacherPool
 
 logger = logging.getLogger(__name__)
 
+UNNAMED = "default"  # SGLang's weight version unless it is told another
+
 
 @dataclass(frozen=True)
 class _Frozen:
@@ -52,10 +54,11 @@ async def start_teachers(
         model.proven.update(proven)
         logger.info("%s: %s scores the same cold, warm and in parts", model.expected.role, model.replicas.where)
         _explain_padding(model.expected, student_vocab_size)
-    known = {model.name: _teacher(model) for model in models}
-    free = known.pop("reference") if config.reference is not None else None
+        _tell_unnamed(model)
+    known = [_teacher(model) for model in models]
+    free = known.pop() if config.reference is not None else None
     return TeacherPool(
-        list(known.values()),
+        known,
         config.scoring.attempts,
         reference=free,
         top_k=config.scoring.top_k,
@@ -101,4 +104,15 @@ def _explain_padding(expected: Expected, student_vocab_size: int) -> None:
             expected.role,
             expected.vocab_size,
             student_vocab_size,
+        )
+
+
+def _tell_unnamed(model: _Frozen) -> None:
+    """SGLang's answers name no model; a weight version of its own is how one tells them from another model's."""
+    unnamed = [url for url, proven in model.proven.items() if proven.served.weight_version == UNNAMED]
+    if unnamed:
+        logger.warning(
+            "%s: the answers of %s do not say which model they are of; start the servers with --weight-version NAME",
+            model.expected.role,
+            ", ".join(unnamed),
         )

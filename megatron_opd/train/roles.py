@@ -91,7 +91,8 @@ def replica_roles(config: Config, name: str, server: ServerConfig, model: Path, 
 def _argv(config: Config, server: ServerConfig, model: Path, url: str) -> list[str]:
     if server.engine == "vllm":
         return vllm_argv(config.engine, server, model, url, config.seed, config.scoring.top_k)
-    return server_argv(config.engine, server, model, url, config.seed)
+    frozen = server is not config.rollout.server
+    return server_argv(config.engine, server, model, url, config.seed, frozen=frozen)
 
 
 def _environment(config: Config, server: ServerConfig, replica: int) -> dict[str, str]:

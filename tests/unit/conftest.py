@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tenacity import wait_none
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 CHAT_TEMPLATE = (
@@ -76,3 +77,9 @@ def real_file(name: str) -> Path:
     if not path.is_file():
         pytest.skip(f"shared/data/{name} is not beside this repository")
     return path
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses between the tries of a request."""
+    monkeypatch.setattr("megatron_opd.runtime.http.wait_exponential_jitter", lambda **_: wait_none())

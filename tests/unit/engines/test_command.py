@@ -34,6 +34,12 @@ def test_the_command_line_on_a_gpu() -> None:
     assert "--device" not in argv
 
 
+def test_answers_of_a_frozen_model_bear_its_name() -> None:
+    plain, frozen = (server_argv(EngineConfig(), ServerConfig(), Path("m/x"), URL, seed=0, frozen=f) for f in (0, 1))
+    assert "--weight-version" not in plain
+    assert frozen[frozen.index("--weight-version") + 1] == "m/x"
+
+
 def test_the_deterministic_mode() -> None:
     for device, added in (("cpu", " --chunked-prefill-size -1"), ("cuda", "")):
         plain, steady = (

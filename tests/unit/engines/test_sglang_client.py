@@ -54,9 +54,10 @@ async def test_a_scoring_request_asks_for_rows_only_when_told_to(fake) -> None:
     assert server.posts == [("/generate", plain), ("/generate", plain | {"top_logprobs_num": 4} | flat)]
 
 
-async def test_weights_that_were_never_refreshed_are_version_minus_one(fake) -> None:
+@pytest.mark.parametrize("name", ["default", "models/math"])
+async def test_weights_that_were_never_refreshed_are_version_minus_one(fake, name: str) -> None:
     server, client = fake
-    server.answer["meta_info"]["weight_versions"] = [{"version": "default", "start": 0, "end": 3}]
+    server.answer["meta_info"]["weight_versions"] = [{"version": name, "start": 0, "end": 3}]
     (generation,) = await client.generate((5,), 1, SAMPLING)
     assert generation.versions.tolist() == [-1, -1, -1]
 
@@ -88,7 +89,7 @@ MALFORMED = {
     "rows of another kind": {"output_token_logprobs": [1, 2, 3]},
     "no finish": {"finish_reason": None},
     "versions without a start": {"weight_versions": [{"version": "4", "end": 3}]},
-    "a version that is no number": {"weight_versions": [{"version": "new", "start": 0, "end": 3}]},
+    "a version that is no text": {"weight_versions": [{"version": 4, "start": 0, "end": 3}]},
 }
 
 

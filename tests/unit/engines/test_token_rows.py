@@ -62,6 +62,8 @@ def test_empty_rows_and_other_answers_are_left_to_json() -> None:
         '[["-0.5",8,null]]',
         "[[]]",
         "[[-0.5,8,null],7]]",
+        "0",
+        "-1",
     ],
 )
 def test_malformed_rows_are_an_error(rows: str) -> None:
