@@ -14,8 +14,8 @@ import pytest
 
 from megatron_opd.config import load_config
 from megatron_opd.runtime.process import start
+from megatron_opd.runtime.supervision import answers
 from megatron_opd.train.roles import assign_endpoints, server_roles
-from megatron_opd.train.supervisor import answers
 
 from runs import COMMAND, ROOT, START_LIMIT_S, TOY, Run, Servers
 

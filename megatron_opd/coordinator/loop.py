@@ -77,7 +77,6 @@ class Loop:
                 await self._step(self.progress.step)
         finally:
             await self.buffer.close()
-        await self.board.end()
         await self._evaluate("after", with_teachers=False)
 
     def now(self) -> Progress:
