@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Hashable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -94,16 +94,10 @@ async def coordinate(run: RunDirectory) -> None:
             progress=progress,
             began=began,
         )
-        watched = [servers, *teachers.pools]
         await _first(
             _to_the_end(loop, board, config.world_size),
             keep_supplied(servers, board, recorder),
-            watch(
-                config.coordinator.watchdog_s,
-                lambda: (board.moved, *(pool.answered for pool in watched), verifiers.under_way),
-                lambda: _waits(watched, verifiers, board),
-                recorder,
-            ),
+            _watch(config.coordinator.watchdog_s, [servers, *teachers.pools], verifiers, board, recorder),
         )
         result = summary(config, loop.now(), board.reports, info)
         run.summary.write_text(json.dumps(result, indent=2) + "\n")
@@ -128,9 +122,17 @@ async def _first(*works: Coroutine[None, None, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _waits(pools: list[ReplicaPool], verifiers: VerifierPool, board: BatchBoard) -> list[str]:
-    judged = [f"{verifiers.under_way} responses wait for a verifier"] if verifiers.under_way else []
-    return [*(line for pool in pools for line in pool.waits()), *judged, *board.waits()]
+async def _watch(
+    limit_s: float, pools: Sequence[ReplicaPool], verifiers: VerifierPool, board: BatchBoard, recorder: Recorder
+) -> None:
+    def moved() -> Hashable:
+        return board.moved, verifiers.under_way, *(pool.answered for pool in pools)
+
+    def waits() -> list[str]:
+        judged = [f"{verifiers.under_way} responses wait for a verifier"] if verifiers.under_way else []
+        return [*(line for pool in pools for line in pool.waits()), *judged, *board.waits()]
+
+    await watch(limit_s, moved, waits, recorder)
 
 
 async def _serve(stack: AsyncExitStack, app: web.Application, url: str) -> None:
