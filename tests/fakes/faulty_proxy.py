@@ -75,10 +75,11 @@ PASSING = {
 
 
 class FaultyProxy:
-    """Spoils the next ``times`` answers of ``upstream`` by ``fault``."""
+    """Spoils the next ``times`` answers of ``upstream`` by ``fault``; then every second one by the next of ``plan``."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream, self.fault, self.times, self.seen = upstream, "", 0, 0
+        self.plan: list[str] = []
         self._waiting: asyncio.Future | None = None
 
     def app(self) -> web.Application:
@@ -87,25 +88,35 @@ class FaultyProxy:
         app.router.add_get("/{path:.*}", self._get)
         return app
 
-    async def _get(self, _: web.Request) -> web.Response:
-        return web.Response()
+    async def _get(self, request: web.Request) -> web.Response:
+        async with aiohttp.ClientSession() as session, session.get(self.upstream + request.path) as reply:
+            return web.Response(status=reply.status, body=await reply.read(), content_type=reply.content_type)
+
+    def _next_fault(self) -> str:
+        self.seen += 1
+        if self.times > 0:
+            self.times -= 1
+            return self.fault
+        return self.plan.pop(0) if self.plan and self.seen % 2 else ""
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        self.seen += 1
-        faulty, self.times = self.times > 0, self.times - 1
-        body = await request.read()
-        async with aiohttp.ClientSession() as session, session.post(self.upstream + request.path, data=body) as reply:
+        fault, body = self._next_fault(), await request.read()
+        json_type = {"Content-Type": "application/json"}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(self.upstream + request.path, data=body, headers=json_type) as reply,
+        ):
             good = await reply.read()
-        if not faulty:
-            return web.Response(body=good, content_type="application/json")
-        if self.fault in SPOILT:
+        if not fault:
+            return web.Response(status=reply.status, body=good, content_type="application/json")
+        if fault in SPOILT:
             answer = json.loads(good)
-            SPOILT[self.fault][0](answer["meta_info"])
+            SPOILT[fault][0](answer["meta_info"])
             return web.Response(text=json.dumps(answer), content_type="application/json")
-        return await self._fail(request, good)
+        return await self._fail(fault, request, good)
 
-    async def _fail(self, request: web.Request, good: bytes) -> web.StreamResponse:
-        match self.fault:
+    async def _fail(self, fault: str, request: web.Request, good: bytes) -> web.StreamResponse:
+        match fault:
             case "swapped":
                 return web.Response(body=await self._swap(good), content_type="application/json")
             case "oversized":
@@ -113,7 +124,7 @@ class FaultyProxy:
             case "truncated":
                 return web.Response(body=good[: len(good) // 2], content_type="application/json")
             case "500" | "503":
-                return web.Response(status=int(self.fault), text="busy")
+                return web.Response(status=int(fault), text="busy")
             case "hang":
                 await asyncio.sleep(3600)
             case "cut":

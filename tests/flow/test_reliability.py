@@ -13,7 +13,10 @@ from faults import (
     kill,
     log_length,
     lost_and_repeated,
+    proxied,
+    wrong_numbers,
 )
+from faulty_proxy import PASSING, SPOILT
 
 from runs import Servers, finish
 
@@ -47,3 +50,24 @@ def test_everything_dies_once_and_nothing_is_lost(servers: Servers, run_train) -
     assert lost_and_repeated(run, STEPS, settings) == (0, 0)
     for row in run.metrics():  # no token of an engine's first weights
         assert row["opd/engine_trainer_difference"] <= 1e-4 and row["refresh/probe_difference"] <= 1e-4
+
+
+def test_no_wrong_number_of_a_teacher_reaches_the_loss(servers: Servers, run_train) -> None:
+    with proxied(servers.math) as (proxy, url):
+        attached = [f"rollout.server.urls=[{servers.rollout}]", f"teachers.code.server.urls=[{servers.code}]"]
+        patience = ["engine.request_timeout_s=4", "scoring.max_dropped_share=1", "engine.routing.failures=2"]
+        settings = [*SMALL, *attached, *patience, f"teachers.math.server.urls=[{url}]", "steps=4"]
+        run = run_train("lied-to", *settings)
+        await_doing(run, "step 1: rollouts")
+        proxy.plan[:] = [*SPOILT, "oversized", *PASSING]  # every second answer
+        await_doing(run, "step 4: rollouts")
+        left = list(proxy.plan)
+        proxy.plan.clear()
+        proxy.fault, proxy.times = "503", 12  # for a while; probes get it too
+        assert finish(run, 600) == 0, run.text()
+        assert not left and proxy.times == 0
+        found = "\n".join(line for event in run.events() if event["event"] == "dropped" for line in event["reasons"])
+        for kind in {"too_large", *(kind for _, kind in SPOILT.values())}:
+            assert f" x {kind}, such as" in found, found
+        assert lost_and_repeated(run, 4, settings) == (0, 0)
+        assert wrong_numbers(run, "math", servers.math, settings) == 0
