@@ -15,8 +15,8 @@ import pytest
 from megatron_opd.config import load_config
 from megatron_opd.runtime.ports import free_port
 from megatron_opd.runtime.process import start
+from megatron_opd.runtime.supervision import answers
 from megatron_opd.train.roles import Role, assign_endpoints, replica_roles, server_roles
-from megatron_opd.train.supervisor import answers
 
 from runs import COMMAND, ROOT, START_LIMIT_S, TOY, Run, Servers
 

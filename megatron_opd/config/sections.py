@@ -267,6 +267,8 @@ class CoordinatorConfig(Section):
     """Address that it listens on; null: loopback, or its node's in a SLURM job. Every run has a bearer token."""
     port: Port = 0
     """Port that it listens on; 0 takes a free one."""
+    watchdog_s: PositiveFloat = 120.0
+    """When nothing has moved for so many seconds, the run says who waits for whom."""
 
 
 class RecordConfig(Section):
@@ -304,6 +306,8 @@ class CheckpointConfig(Section):
     """Write while the next step goes on; the weights are copied first, which costs their size in main memory."""
     deadline_s: PositiveFloat = 1800.0
     """Longest time for one save; a later one is given up, told, and the run goes on without it."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often the run goes on by itself from its newest checkpoint when its coordinator or student dies."""
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether the state after ``step`` steps is to be saved."""

@@ -50,6 +50,8 @@ class EngineConfig(Section):
     """Seconds that each token which may be sampled adds to the longest wait for the answer."""
     max_concurrency: PositiveInt = 256
     """Most requests under way at one server."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """How often each server that this run started is started again when it dies; then the run stops."""
     deterministic: bool = False
     """Seed each response and make it independent of its batch: a run repeats to the bit. Slower; SGLang only."""
     routing: RoutingConfig = RoutingConfig()

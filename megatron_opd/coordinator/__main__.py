@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Coroutine, Hashable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,11 +16,13 @@ from aiohttp import web
 
 from megatron_opd.config import Config
 from megatron_opd.coordinator.app import BatchBoard, make_app
+from megatron_opd.coordinator.engines import holds, keep_supplied
 from megatron_opd.coordinator.evaluate import first_of_each_domain
 from megatron_opd.coordinator.loop import Loop
 from megatron_opd.coordinator.stages import Stages
 from megatron_opd.coordinator.state import Progress, fingerprint, read
 from megatron_opd.coordinator.summary import summary
+from megatron_opd.coordinator.watchdog import watch
 from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.pass_rates import read_pass_rates
 from megatron_opd.data.stream import LazyStream, PromptStream
@@ -61,18 +65,20 @@ async def coordinate(run: RunDirectory) -> None:
         stack.enter_context(open_sinks(config, run, recorder))
         await _serve(stack, make_app(board, token(), exposition), endpoints.coordinator)
         attempts, top_k, seed = config.scoring.attempts, config.scoring.top_k, config.sampling_seed
-        servers = new_pool(stack, "rollout", config.engine, config.rollout.server, endpoints.rollout)
+        probe = partial(holds, board=board)
+        servers = new_pool(stack, "rollout", config.engine, config.rollout.server, endpoints.rollout, probe)
         await asyncio.gather(*(client.wait_until_ready(config.engine.start_timeout_s) for client in servers.clients))
         teachers = await start_teachers(stack, config, endpoints.teachers, endpoints.reference)
         logger.info("all servers answer: %s", endpoints)
         await _check_deterministic(servers, *teachers.pools, config=config)
-        engine = RolloutEngine(servers, tokenizer, attempts, top_k, seed)
+        info = await servers.clients[0].server_info()
+        engine = RolloutEngine(servers, tokenizer, attempts, top_k, seed, refreshed=True)
         verifiers = VerifierPool(config.verifiers)
         stack.push_async_callback(verifiers.close)
         loop = Loop(
             config=config,
             stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed, activity.advance),
-            student_sampler=RolloutEngine(servers, tokenizer, attempts, seed=seed),
+            student_sampler=RolloutEngine(servers, tokenizer, attempts, seed=seed, refreshed=True),
             teacher_samplers={
                 domain: RolloutEngine(teacher.replicas, tokenizer, attempts, seed=seed)
                 for domain, teacher in teachers.teachers.items()
@@ -88,12 +94,48 @@ async def coordinate(run: RunDirectory) -> None:
             progress=progress,
             began=began,
         )
-        if not await loop.run():
+        finished = await _first(
+            _to_the_end(loop, board, config.world_size),
+            keep_supplied(servers, board, recorder),
+            _watch(config.coordinator.watchdog_s, [servers, *teachers.pools], verifiers, board, recorder),
+        )
+        if not finished:
             return
-        info = await servers.clients[0].server_info()
         result = summary(config, loop.now(), board.reports, info)
         run.summary.write_text(json.dumps(result, indent=2) + "\n")
         recorder.event("finished")
+
+
+async def _to_the_end(loop: Loop, board: BatchBoard, ranks: int) -> bool:
+    """False when the run pauses."""
+    finished = await loop.run()
+    await board.end(ranks)
+    return finished
+
+
+async def _first(*works: Coroutine[None, None, object]) -> object:
+    """Do all at once until one of them is done, and return its result, or raise what went wrong."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task.result() for task in done)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _watch(
+    limit_s: float, pools: Sequence[ReplicaPool], verifiers: VerifierPool, board: BatchBoard, recorder: Recorder
+) -> None:
+    def moved() -> Hashable:
+        return board.moved, verifiers.under_way, *(pool.answered for pool in pools)
+
+    def waits() -> list[str]:
+        judged = [f"{verifiers.under_way} responses wait for a verifier"] if verifiers.under_way else []
+        return [*(line for pool in pools for line in pool.waits()), *judged, *board.waits()]
+
+    await watch(limit_s, moved, waits, recorder)
 
 
 async def _serve(stack: AsyncExitStack, app: web.Application, url: str) -> None:

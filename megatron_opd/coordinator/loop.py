@@ -78,7 +78,6 @@ class Loop:
                 paused = await self._step(self.progress.step)
         finally:
             await self.buffer.close()
-        await self.board.end()
         if paused:
             self.recorder.event("paused", step=self.progress.step)
             return False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron_opd.engines.sampling import Generation, Sampling
 from megatron_opd.records import Prompt, Rollout
+from megatron_opd.runtime.http import TransientError
 from megatron_opd.runtime.replicas import ReplicaPool
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class RolloutEngine:
 
     ``top_ids``: most likely ids that are fetched in the place of each token; 0 fetches none. ``seed``: of all
     responses, which then depend on nothing but the weights; needs a server in deterministic mode. None: no seeds.
+    ``refreshed``: whether a trainer gives the servers their weights. One that is started again has those of its folder
+    until it gets others, and what it samples until then is nobody's: it counts as a failure.
     """
 
     def __init__(
@@ -40,12 +43,15 @@ class RolloutEngine:
         attempts: int,
         top_ids: int = 0,
         seed: int | None = None,
+        *,
+        refreshed: bool = False,
     ) -> None:
         self.replicas = replicas
         self._tokenizer = tokenizer
         self._attempts = attempts
         self._top_ids = top_ids
         self._seed = seed
+        self._refreshed = refreshed
 
     async def sample_group(
         self,
@@ -73,8 +79,15 @@ class RolloutEngine:
             (group, prompt.id),
             len(prompt.token_ids) + samples * sampling.max_new_tokens,
             self._attempts,
-            lambda client: client.generate(prompt.token_ids, samples, sampling, self._top_ids),
+            lambda client: self._ask(client, prompt, samples, sampling),
         )
+
+    async def _ask(self, client: SamplingClient, prompt: Prompt, samples: int, sampling: Sampling) -> list[Generation]:
+        generations = await client.generate(prompt.token_ids, samples, sampling, self._top_ids)
+        if self._refreshed and any(int(generation.versions.min()) < 0 for generation in generations):
+            what = "A rollout engine has been started again and has no weights of this run yet"
+            raise TransientError(what, kind="weights", where=client.url)
+        return generations
 
     def _rollout(self, prompt: Prompt, group: int, generation: Generation) -> Rollout:
         return Rollout(

@@ -116,6 +116,10 @@ class RunConsole(ProgressConsole):
         if aside is not None:
             self._say(f"what was done after it was moved to {aside.absolute()}")
 
+    def job_died(self, error: OpdError) -> None:
+        """That the run is started again, and why."""
+        self._warn(f"{error}\nstarting all processes again from the newest checkpoint")
+
     def requeued(self, existing: str) -> None:
         """That a job which SLURM starts again goes on with its run."""
         self._say(f"SLURM has started this job again: going on where it stopped, whatever existing={existing} says")
@@ -174,6 +178,18 @@ class RunConsole(ProgressConsole):
                     self._say(_checkpoint_line(event))
                 case "checkpoint_failed":
                     self._warn(event["error"])
+                case "server_died":
+                    count = f"{event['restart']} of {event['of']}"
+                    self._warn(f"{event['reason']}\nstarting {event['name']} again in {event['pause_s']:g} s, {count}")
+                case "server_returned":
+                    self._say(f"{event['name']} is back after {event['seconds']:.0f} s")
+                case "engines_out":
+                    for url, reason in event["reasons"].items():
+                        self._warn(f"the engine {url} has no weights {event['version']}: {reason}")
+                case "weights_sent_again":
+                    self._say(f"weights {event['version']} were sent again to {', '.join(event['live'])}")
+                case "stalled":
+                    self._warn("\n".join([f"nothing has moved for {duration(event['seconds'])}:", *event["waits"]]))
                 case "sink_left":
                     self._warn(f"{event['sink']} gets no more numbers: {event['reason']}")
                 case "step":

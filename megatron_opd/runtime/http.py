@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TypeVar
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
 
 from megatron_opd.errors import EngineError
 
@@ -100,10 +100,14 @@ def parse_json(body: bytes, url: str, read: Callable[[bytes], object] = json.loa
         raise TransientError("A server's answer is no JSON", kind="malformed", where=url, got=said) from error
 
 
-async def with_retries(attempts: int, call: Callable[[], Awaitable[Result]]) -> Result:
-    """Await ``call()``, again after a TransientError, with growing pauses and jitter; the last error is raised."""
+async def with_retries(attempts: int | Callable[[int], bool], call: Callable[[], Awaitable[Result]]) -> Result:
+    """Await ``call()``, again after a TransientError, with growing pauses and jitter; the last error is raised.
+
+    attempts: how often, or whether so many failed tries are enough.
+    """
+    enough = attempts if callable(attempts) else lambda tried: tried >= attempts
     async for attempt in AsyncRetrying(
-        stop=stop_after_attempt(attempts),
+        stop=lambda state: enough(state.attempt_number),
         wait=wait_exponential_jitter(multiplier=0.25, max=10),
         retry=retry_if_exception_type(TransientError),
         reraise=True,

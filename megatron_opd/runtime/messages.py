@@ -28,6 +28,7 @@ class RefreshReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int  # number of optimizer steps behind the weights
+    resend: int = 0  # how often these weights had been asked for again; 0: their first report
     refresh_s: float
     refresh_bytes: int
     probe_difference: float  # largest |log-prob difference| of a live engine and trainer on the probe sequence

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import socket
 
 from megatron_opd.errors import ConfigError
 
+# Below those that Linux gives to outgoing connections (32768 and up): a server that is started again needs its own port
+# once more, and any program's connection could have taken it meanwhile.
+LOWEST, HIGHEST = 20000, 32767
+_given: set[int] = set()  # by this process
+
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A port that was free a moment ago. Raises OSError when ``host`` is no address of this machine."""
+    while True:
+        port = random.SystemRandom().randint(LOWEST, HIGHEST)
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def take_port(wanted: int, key: str, host: str = "127.0.0.1") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+ENDED_S = 10.0  # longest wait for a killed process to be gone
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
@@ -52,6 +54,23 @@ def start(name: str, argv: list[str], environment: dict[str, str], log: Path) ->
             argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     return Child(name, process, log)
+
+
+def end_session(child: Child) -> None:
+    """kill -9 for what is left of a process and of all that it started in its session (``adopt_orphans`` before)."""
+    for process in _descendants():
+        if _session(process) == child.process.pid:
+            _send(process, signal.SIGKILL)
+    deadline = time.monotonic() + ENDED_S
+    while any(_session(process) == child.process.pid for process in _descendants()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 def stop_all(grace_s: float = 5.0) -> None:

@@ -44,6 +44,7 @@ class Replica(Generic[Client]):
 
     client: Client
     tokens: int = 0  # of the requests under way
+    requests: int = 0  # under way
     served: int = 0  # requests so far; decides between replicas that are equally busy
     failures: int = 0  # in a row; a probe that answers does not end the row, only a request does
     pause_s: float = 0.0  # before the next probe; 0 since a request has succeeded
@@ -86,11 +87,17 @@ class ReplicaPool(Generic[Client]):
         self._config = config
         self._homes: OrderedDict[Hashable, Replica[Client]] = OrderedDict()
         self._changed = asyncio.Event()  # set, and replaced, when a replica comes back
+        self.answered = 0  # requests so far
+        self._waiting = 0  # requests that no replica can take
 
     @property
     def clients(self) -> list[Client]:
         """Of all replicas, in rotation or not."""
         return [replica.client for replica in self.replicas]
+
+    @property
+    def any_in_rotation(self) -> bool:
+        return any(replica.in_rotation for replica in self.replicas)
 
     @property
     def where(self) -> str:
@@ -109,30 +116,50 @@ class ReplicaPool(Generic[Client]):
     ) -> Result:
         """``work`` with one replica; after a TransientError again, with another one where there is one.
 
-        ``tokens``: size of the request. Raises what the last try raised, or AllReplicasOut.
+        ``tokens``: size of the request. Raises what the last try raised, or AllReplicasOut. A try after which the
+        replica rests says more about the replica than about the request: of such there may be ``attempts`` as well.
         """
         failed: set[Replica[Client]] = set()
+        outages = 0
 
         async def attempt() -> Result:
+            nonlocal outages
             replica = await self._wait_for_one(key, failed)
             replica.tokens += tokens
+            replica.requests += 1
             replica.served += 1
             try:
                 result = await work(replica.client)
             except (TransientError, BadReply) as error:
                 failed.add(replica)
                 self._note_failure(replica, error)
+                outages += not replica.in_rotation
                 raise
             finally:
                 replica.tokens -= tokens
+                replica.requests -= 1
             replica.failures, replica.pause_s = 0, 0.0
+            self.answered += 1
             return result
 
-        return await with_retries(attempts, attempt)
+        return await with_retries(lambda tried: outages >= attempts or tried - outages >= attempts, attempt)
+
+    def waits(self) -> list[str]:
+        """Who is asked by how many requests that have no answer yet, a line each."""
+        told = [
+            f"{replica.requests} requests wait for {self.role} {replica.client.url}"
+            for replica in self.replicas
+            if replica.requests
+        ]
+        if self._waiting:
+            states = "; ".join(replica.describe() for replica in self.replicas)
+            told.append(f"{self._waiting} requests wait until a server of {self.role} is in rotation: {states}")
+        return told
 
     # ---------------------------------------------------------------- choosing
 
     async def _wait_for_one(self, key: Hashable, failed: set[Replica[Client]]) -> Replica[Client]:
+        self._waiting += 1
         try:
             async with asyncio.timeout(self._config.wait_s):
                 while (replica := self.choose(key, failed)) is None:
@@ -146,6 +173,8 @@ class ReplicaPool(Generic[Client]):
                 got="".join(f"\n    {replica.describe()}" for replica in self.replicas),
                 fix="look at the logs of these servers; engine.routing.wait_s is how long a request waits",
             ) from None
+        finally:
+            self._waiting -= 1
 
     def choose(self, key: Hashable, failed: set[Replica[Client]] = frozenset()) -> Replica[Client] | None:
         """The replica for a request with ``key``, none of ``failed`` where that is possible; None when all are out."""
@@ -173,12 +202,15 @@ class ReplicaPool(Generic[Client]):
         self._tell()
 
     def follow(self, out: Mapping[str, str]) -> None:
-        """Take out the servers at the URLs of ``out``, with why, and put back all others."""
-        for client in self.clients:
-            if client.url in out:
-                self.take_out(client, out[client.url])
+        """Take out the servers at the URLs of ``out``, with why; all others are proven well, and serve at once."""
+        for replica in self.replicas:
+            if replica.client.url in out:
+                self.take_out(replica.client, out[replica.client.url])
             else:
-                self.put_back(client)
+                if replica.revival is not None:
+                    replica.revival.cancel()
+                replica.resting, replica.failures, replica.pause_s = False, 0, 0.0
+                self.put_back(replica.client)
 
     def _replica_of(self, client: Client) -> Replica[Client]:
         return next(replica for replica in self.replicas if replica.client is client)

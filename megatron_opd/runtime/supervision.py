@@ -62,6 +62,20 @@ def signals_pause(ask: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
+def signals_wait() -> Iterator[None]:
+    """The block is not interrupted: a signal that comes in it is raised as StoppedBySignal at its end."""
+    seen: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in STOPPING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if seen:
+        raise StoppedBySignal(seen[0])
+
+
+@contextmanager
 def signals_cancel() -> Iterator[None]:
     """The same inside a coroutine, where an exception out of a handler could get lost: the current task is cancelled,
     cleans up without further interruption, and StoppedBySignal is raised at the end of the block."""

@@ -60,10 +60,15 @@ async def train(run: RunDirectory) -> None:
         refresh = await _connect(stack, config, run, endpoints, student)
         refreshed = await refresh.push(student, version=start)
         await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
-        step, last, paused = start, False, False
-        while not last:
+        step = start
+
+        async def send_again(number: int) -> None:
+            again = await refresh.push(student, version=step)
+            await _report(coordinator, _report_of(again, step, resend=number))
+
+        while True:
             waiting = time.monotonic()
-            batch = await coordinator.batch(step, data_rank)
+            batch = await coordinator.batch(step, data_rank, send_again)
             if batch is None:
                 break
             saver.poll()  # what was written while the rollouts were sampled
@@ -73,13 +78,14 @@ async def train(run: RunDirectory) -> None:
             refreshed = await refresh.push(student, version=step + 1)
             times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
             await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
-            step, last, paused = step + 1, batch.last, batch.paused
-            if config.checkpoint.due(step, last=last):
+            step = step + 1
+            if config.checkpoint.due(step, last=batch.last):
                 saver.begin(step)  # while the next step's rollouts are sampled
-        saver.finish()
+            if batch.last:  # the evaluation is still to come, in which the weights may have to be sent again
+                saver.finish()
+            if batch.last and not batch.paused:
+                export_hf(student, config.student.model, run.export)
         await refresh.close()
-    if not paused:
-        export_hf(student, config.student.model, run.export)
     dist.destroy_process_group()
 
 
@@ -109,10 +115,16 @@ async def _report(coordinator: CoordinatorClient, report: RefreshReport) -> None
 
 
 def _report_of(
-    refreshed: Refreshed, version: int, *, info: TrainerInfo | None = None, training: dict[str, float] | None = None
+    refreshed: Refreshed,
+    version: int,
+    *,
+    info: TrainerInfo | None = None,
+    training: dict[str, float] | None = None,
+    resend: int = 0,
 ) -> RefreshReport:
     return RefreshReport(
         version=version,
+        resend=resend,
         refresh_s=refreshed.seconds,
         refresh_bytes=refreshed.bytes,
         probe_difference=refreshed.probe_difference,

@@ -26,7 +26,7 @@ MAY_CHANGE = {
     *("student.overlap_gradients", "student.overlap_parameters"),
     *("student.sequence_parallel", "student.threads_per_rank", "student.row_tokens"),
     *("engine.python", "engine.max_total_tokens", "engine.memory_fraction", "engine.start_timeout_s"),
-    *("engine.request_timeout_s", "engine.max_concurrency"),
+    *("engine.request_timeout_s", "engine.max_concurrency", "engine.restarts", "engine.routing"),
     *("verifiers.workers", "scoring.attempts", "scoring.max_dropped_share"),
 }
 

@@ -17,6 +17,8 @@ from megatron_opd.runtime.ports import free_port, take_port
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.train.cluster import LOOPBACK, ONE_MACHINE, Cluster, replica_names
 
+JOBS = ("coordinator", "student")  # these end by themselves; servers must not
+
 
 @dataclass(frozen=True)
 class Role:

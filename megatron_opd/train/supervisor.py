@@ -13,26 +13,25 @@ from megatron_opd.errors import ProcessError
 from megatron_opd.observe.console import RunConsole
 from megatron_opd.observe.recorder import Recorder, follow, tell_failures
 from megatron_opd.runtime.env import environment, new_token, requeued
-from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
+from megatron_opd.runtime.process import Child, adopt_orphans, stop_all
 from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.runtime.slurm import end_steps, requeue
 from megatron_opd.runtime.supervision import (
     POLL_S,
     StoppedBySignal,
-    answers,
     death,
     ignore_signals,
-    late,
     signals_pause,
     signals_raise,
+    signals_wait,
 )
 from megatron_opd.train.cluster import Cluster, find_cluster
+from megatron_opd.train.family import Family
 from megatron_opd.train.preflight import preflight
 from megatron_opd.train.resume import resume
-from megatron_opd.train.roles import Role, assign_endpoints, on_nodes, own_roles, server_roles
+from megatron_opd.train.roles import JOBS, Role, assign_endpoints, on_nodes, own_roles, server_roles
 
 OLD_PROCESSES_S = 30.0  # longest wait for processes of a run that was just killed
-JOBS = ("coordinator", "student")  # these end by themselves; servers must not
 
 
 def train(config: Config, console: RunConsole) -> dict | None:
@@ -48,27 +47,11 @@ def train(config: Config, console: RunConsole) -> dict | None:
         endpoints = assign_endpoints(config, cluster)
         goes_on = config.existing == "resume" and config.run_dir.exists()
         run = RunDirectory(config.run_dir) if goes_on else RunDirectory.create(config, endpoints)
-        with run.occupied(OLD_PROCESSES_S):
-            if goes_on and _resume(run, config, endpoints, console):
-                return json.loads(run.summary.read_text())
-            console.banner(config, run)
-            adopt_orphans()
-            try:
-                roles = _roles(run, config, endpoints, cluster)
-                with (
-                    tell_failures("supervisor", Recorder(run.events, run.metrics)),
-                    signals_pause(partial(_ask_for_pause, run, config)),
-                ):
-                    _supervise(run, roles, config, console)
-            except StoppedBySignal as stop:
-                Recorder(run.events, run.metrics).event("stopped", signal=str(stop))
-                raise
-            finally:
-                ignore_signals()  # the clean-up is not interrupted
-                console.stopping()
-                stop_all()
-                if cluster.allocation:
-                    end_steps(cluster.allocation.job)  # of srun commands that had to be killed
+        run_once = partial(_attempt, run, config, endpoints, cluster, console)
+        restarts = config.checkpoint.restarts if config.checkpoint.every_steps else 0
+        adopt_orphans()
+        while not run_once(goes_on=goes_on, may_die=restarts > 0):
+            goes_on, restarts = True, restarts - 1
     if run.summary.is_file():
         return json.loads(run.summary.read_text())
     if cluster.allocation and config.cluster.requeue:
@@ -81,6 +64,57 @@ def _ask_for_pause(run: RunDirectory, config: Config) -> None:
     if config.checkpoint.every_steps and not run.pause_wanted.exists():
         run.pause_wanted.touch()
         Recorder(run.events, run.metrics).event("pausing")
+
+
+def _attempt(
+    run: RunDirectory,
+    config: Config,
+    endpoints: Endpoints,
+    cluster: Cluster,
+    console: RunConsole,
+    *,
+    goes_on: bool,
+    may_die: bool,
+) -> bool:
+    """One start of all processes, of which none is left afterwards; whether the run is over, or paused.
+
+    False when a job died and ``may_die``: the run can go on from its newest checkpoint.
+    """
+    recorder = Recorder(run.events, run.metrics)
+    with run.occupied(OLD_PROCESSES_S):
+        if goes_on and _resume(run, config, endpoints, console):
+            return True
+        console.banner(config, run)
+        over = True
+        try:
+            roles = _roles(run, config, endpoints, cluster)
+            with tell_failures("supervisor", recorder), signals_pause(partial(_ask_for_pause, run, config)):
+                try:
+                    _supervise(run, roles, config, console)
+                except JobDied as error:
+                    if not may_die:
+                        raise
+                    over = False
+                    recorder.event("job_died", reason=str(error))
+                    console.job_died(error)
+        except StoppedBySignal as stop:
+            recorder.event("stopped", signal=str(stop))
+            raise
+        finally:
+            console.stopping()
+            if over:
+                ignore_signals()  # the clean-up is not interrupted
+                _end_all(cluster)
+            else:
+                with signals_wait():
+                    _end_all(cluster)
+    return over
+
+
+def _end_all(cluster: Cluster) -> None:
+    stop_all()
+    if cluster.allocation:
+        end_steps(cluster.allocation.job)  # of srun commands that had to be killed
 
 
 def dry_run(config: Config) -> list[str]:
@@ -121,27 +155,25 @@ def _resume(run: RunDirectory, config: Config, endpoints: Endpoints, console: Ru
 def _supervise(run: RunDirectory, roles: list[Role], config: Config, console: RunConsole) -> None:
     """Start ``roles`` and return when coordinator and student have both ended well. Raises ProcessError."""
     began = time.monotonic()
-    children = [start(role.name, role.argv, role.environment, run.logs / f"{role.name}.log") for role in roles]
-    starting = {role.name: role.ready_url for role in roles if role.ready_url}
     working = set(JOBS)
     with run.events.open() as events:
         before = events.seek(0, SEEK_END)  # a resumed run has told these already
+        family = Family(roles, config.engine, run.logs, Recorder(run.events, run.metrics), console)
         while working:
             console.show(events)
-            ended = [child for child in children if child.returncode is not None]
+            ended = family.look()
             finished = {child.name for child in ended if child.name in JOBS and child.returncode == 0}
             failed = [child for child in ended if child.name not in finished]
             if failed:
                 raise _death(failed, run, before)
             working -= finished
-            for name in [name for name, url in starting.items() if name in finished or answers(url)]:
-                del starting[name]
-                console.ready(name, time.monotonic() - began)
-            console.waiting(sorted(starting), time.monotonic() - began)
-            if starting and time.monotonic() - began > config.engine.start_timeout_s:
-                raise late([child for child in children if child.name in starting], config.engine.start_timeout_s)
+            console.waiting(family.waiting, time.monotonic() - began)
             time.sleep(POLL_S)
         console.show(events)
+
+
+class JobDied(ProcessError):
+    """The coordinator or the student ended without a word, after the run had begun: it may be worth another start."""
 
 
 def _death(failed: list[Child], run: RunDirectory, before: int) -> ProcessError:
@@ -151,8 +183,11 @@ def _death(failed: list[Child], run: RunDirectory, before: int) -> ProcessError:
     """
     with run.events.open() as file:
         file.seek(before)
-        said = {event["role"]: event["error"] for event in follow(file) if event["event"] == "failed"}
+        told = list(follow(file))
+    said = {event["role"]: event["error"] for event in told if event["event"] == "failed"}
     child = min(failed, key=lambda child: (child.name in JOBS, child.name not in said))
     if child.name in said:
         return ProcessError(f"{child.name} stopped the run: {said[child.name]}")
-    return death(child)
+    error = death(child)
+    had_begun = any(event["event"] == "live" for event in told)
+    return JobDied(error.what, where=error.where, got=error.got) if child.name in JOBS and had_begun else error

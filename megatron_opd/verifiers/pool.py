@@ -40,6 +40,7 @@ class VerifierPool:
         for _ in range(self._workers):
             self._idle.put_nowait(None)
         self._closed = False
+        self.under_way = 0  # responses that are not judged yet
 
     async def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Judge one response. Raises ConfigError for an unknown domain and ProcessError if no worker can start."""
@@ -53,6 +54,13 @@ class VerifierPool:
                 fix=f'set verifiers.kinds.{domain}, to "none" if nothing can judge its responses',
             )
         request = json.dumps([self._kinds[domain], prompt.text, response, prompt.answer]).encode() + b"\n"
+        self.under_way += 1
+        try:
+            return await self._verify(request)
+        finally:
+            self.under_way -= 1
+
+    async def _verify(self, request: bytes) -> Verdict:
         process = await self._idle.get()
         answered = False
         try:

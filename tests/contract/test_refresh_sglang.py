@@ -18,7 +18,7 @@ from megatron_opd.config import load_config
 from megatron_opd.engines.command import server_argv, server_environment
 from megatron_opd.runtime.ports import free_port
 from megatron_opd.runtime.process import start
-from megatron_opd.train.supervisor import answers
+from megatron_opd.runtime.supervision import answers
 
 from runs import ROOT, START_LIMIT_S, TOY
 

@@ -53,7 +53,7 @@ def test_the_supervisor_itself_is_killed(servers: Servers, run_train) -> None:
 
 @pytest.mark.parametrize("victim", ["megatron_opd.coordinator", "megatron_opd.student.worker"])
 def test_a_process_of_the_run_is_killed(servers: Servers, run_train, victim: str) -> None:
-    run = run_train("victim", *servers.attach(), *SMALL)
+    run = run_train("victim", *servers.attach(), *SMALL, "checkpoint.restarts=0")
     run.wait_for("step")
     family = family_of(run, 4)
     pid = next(process.pid for name, process in run.family().items() if victim in name)

@@ -1,0 +1,242 @@
+"""Runs the toy job again and again, kills something or answers falsely in the middle, and writes what was seen.
+
+    python tools/fault_matrix.py [FAULT ...] [--folder runs/fault_matrix]
+
+Without names it runs all faults; results add up in ``FOLDER/results.json``, and the table of docs/reliability.md is
+written from them. Servers that are not to die are started once and shared. Exits with 1 when a run did not end complete,
+lost or repeated a prompt, or when a wrong number reached the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.extend(str(ROOT / "tests" / name) for name in ("support", "fakes", "."))
+
+from conftest import started_servers  # noqa: E402
+from faults import (
+    COORDINATOR,
+    MATH,
+    ROLLOUT,
+    SMALL,
+    STUDENT,
+    await_doing,
+    await_log,
+    kill,
+    log_length,
+    lost_and_repeated,
+    proxied,
+    wrong_numbers,
+)
+from faulty_proxy import PASSING, SPOILT, FaultyProxy
+
+from runs import COMMAND, TOY, Run, Servers, finish
+
+STEPS = 4
+DOCUMENT = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- made by tools/fault_matrix.py -->", "<!-- end -->"
+Inject = Callable[[Run, FaultyProxy], None]
+
+
+def scoring(run: Run, _: FaultyProxy) -> None:
+    await_doing(run, "step 2: rollouts")
+    await_log(run, "teacher-math", "POST /generate", log_length(run, "teacher-math"))
+    kill(run, MATH)
+
+
+def generating(run: Run, _: FaultyProxy) -> None:
+    await_doing(run, "step 2: rollouts")
+    kill(run, ROLLOUT)
+
+
+def refreshing(text: str) -> Inject:
+    def inject(run: Run, _: FaultyProxy) -> None:
+        await_doing(run, "step 2: training")
+        await_log(run, "rollout", text, log_length(run, "rollout"))
+        kill(run, ROLLOUT)
+
+    return inject
+
+
+def job(part: str) -> Inject:
+    def inject(run: Run, _: FaultyProxy) -> None:
+        await_doing(run, "step 3: rollouts")
+        kill(run, part)
+
+    return inject
+
+
+def for_a_while(fault: str, times: int) -> Inject:
+    def inject(run: Run, proxy: FaultyProxy) -> None:
+        await_doing(run, "step 2: rollouts")
+        proxy.fault, proxy.times = fault, times
+
+    return inject
+
+
+def every_second(*faults: str) -> Inject:
+    def inject(run: Run, proxy: FaultyProxy) -> None:
+        await_doing(run, "step 2: rollouts")
+        proxy.plan[:] = faults
+
+    return inject
+
+
+def nothing(run: Run, _: FaultyProxy) -> None:
+    await_doing(run, "step 2: rollouts")
+
+
+OWN_MATH, OWN_ROLLOUT, PROXY = "its own teacher", "its own engine", "a teacher behind the proxy"
+PATIENCE = ["engine.request_timeout_s=4", "scoring.max_dropped_share=1"]
+FAULTS: dict[str, tuple[Inject, str, list[str]]] = {
+    "nothing": (nothing, "", []),
+    "kill -9, the only replica of a teacher, scoring": (scoring, OWN_MATH, []),
+    "kill -9, the only rollout engine, generating": (generating, OWN_ROLLOUT, []),
+    "kill -9, the only rollout engine, in a refresh by broadcast": (
+        refreshing("/begin_weight_update"),
+        OWN_ROLLOUT,
+        ["refresh.bucket_mb=1"],
+    ),
+    "kill -9, the only rollout engine, in a refresh by disk": (
+        refreshing("Update engine weights online from disk"),
+        OWN_ROLLOUT,
+        ["refresh.mode=disk"],
+    ),
+    "kill -9, one of two rollout engines, generating": (generating, OWN_ROLLOUT, ["rollout.server.replicas=2"]),
+    "kill -9, the coordinator": (job(COORDINATOR), "", []),
+    "kill -9, a rank of the student": (job(STUDENT), "", []),
+    "a teacher answers 500 to 12 requests": (for_a_while("500", 12), PROXY, PATIENCE),
+    "a teacher answers 503 to 12 requests": (for_a_while("503", 12), PROXY, PATIENCE),
+    "a teacher hangs for 12 requests": (for_a_while("hang", 12), PROXY, PATIENCE),
+    **{
+        f"a teacher's answer: {fault}": (every_second(*[fault] * (2 if fault == "swapped" else 3)), PROXY, PATIENCE)
+        for fault in [*SPOILT, "oversized", "swapped", *PASSING]
+    },
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What became of one fault."""
+
+    what: str
+    seconds: float  # from the fault to the next step's end, less a usual step
+    lost: int
+    repeated: int
+    wrong: int
+
+    @property
+    def well(self) -> bool:
+        return not (self.lost or self.repeated or self.wrong)
+
+
+def settings_of(servers: Servers, kind: str, more: list[str], url: str) -> list[str]:
+    """The overrides of a run: which servers it shares."""
+    attached = [f"teachers.code.server.urls=[{servers.code}]"]
+    if kind != OWN_ROLLOUT:
+        attached.append(f"rollout.server.urls=[{servers.rollout}]")
+    if kind != OWN_MATH:
+        attached.append(f"teachers.math.server.urls=[{url if kind == PROXY else servers.math}]")
+    return [*SMALL, *attached, f"steps={STEPS}", *more]
+
+
+def try_one(name: str, servers: Servers, folder: Path) -> Seen:
+    """Run the job with one fault. Raises AssertionError when it does not end complete."""
+    inject, kind, more = FAULTS[name]
+    with proxied(servers.math) as (proxy, url):
+        settings, output = settings_of(servers, kind, more, url), folder / "output.txt"
+        argv = [str(COMMAND), "train", str(TOY), "name=run", f"output={folder}", *settings]
+        with output.open("wb") as file:
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        run = Run(process, folder / "run", output)
+        try:
+            inject(run, proxy)
+            at = time.time()
+            assert finish(run, 900) == 0, run.text()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+    lost, repeated = lost_and_repeated(run, STEPS, settings)
+    ends = [event["time"] for event in run.events() if event["event"] == "step" and event["time"] > at]
+    usual = median(row["time/step_s"] for row in run.metrics())
+    return Seen(
+        told(run), max(0.0, ends[0] - at - usual), lost, repeated, wrong_numbers(run, "math", servers.math, settings)
+    )
+
+
+def told(run: Run) -> str:
+    """What the run said of it, in order, each once."""
+    lines = []
+    for event in run.events():
+        match event["event"]:
+            case "server_died":
+                lines.append(f"{event['name']} started again")
+            case "engines_out":
+                lines.append(f"weights {event['version']} without {len(event['reasons'])} engine(s)")
+            case "weights_sent_again":
+                lines.append(f"weights {event['version']} sent again")
+            case "resumed":
+                lines.append(f"went on after step {event['step']}")
+            case "dropped":
+                lines += [f"dropped {reason.split(', such as')[0]}" for reason in event["reasons"]]
+    return "; ".join(dict.fromkeys(lines)) or "nothing dropped"
+
+
+def table(results: dict[str, dict]) -> str:
+    """The table as Markdown."""
+    rows = [
+        "| fault | what was seen | s lost | prompts lost / repeated | wrong numbers in the loss |",
+        "|---|---|---|---|---|",
+    ]
+    for name in FAULTS:
+        one = results.get(name)
+        cells = (
+            f"{one['what']} | {one['seconds']:.1f} | {one['lost']} / {one['repeated']} | {one['wrong']}"
+            if one
+            else "not run | | |"
+        )
+        rows.append(f"| {name} | {cells} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", choices=[[], *FAULTS], metavar="FAULT")
+    parser.add_argument("--folder", type=Path, default=Path("runs/fault_matrix"))
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute() / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    file = arguments.folder / "results.json"
+    results, failed = json.loads(file.read_text()) if file.exists() else {}, False
+    with started_servers(folder) as servers:
+        for number, name in enumerate(arguments.faults or FAULTS):
+            place = folder / f"{number:02d}"
+            place.mkdir()
+            try:
+                seen = try_one(name, servers, place)
+            except AssertionError as error:
+                print(f"FAILED  {name}: {error}", flush=True)
+                failed = True
+                continue
+            failed |= not seen.well
+            results[name] = vars(seen)
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{'ok' if seen.well else 'FAILED'}  {name}: {seen}", flush=True)
+    text = DOCUMENT.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
