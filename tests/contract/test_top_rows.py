@@ -32,13 +32,13 @@ def models() -> dict[str, torch.nn.Module]:
     """The toy models in transformers, float32."""
     return {
         name: AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
-        for name in ("student", "math", "code")
+        for name in ("math", "code")
     }
 
 
 @pytest.fixture
 async def clients(servers) -> AsyncIterator[dict[str, SGLangClient]]:
-    urls = {"student": servers.rollout, "math": servers.math, "code": servers.code}
+    urls = {"math": servers.math, "code": servers.code}  # frozen: a run trains the model behind servers.rollout
     async with AsyncExitStack() as stack:
         clients = {name: SGLangClient(url, timeout_s=60, max_concurrency=8) for name, url in urls.items()}
         for client in clients.values():
@@ -120,22 +120,22 @@ async def test_what_the_server_sends_for_a_prompt(clients) -> None:
 
 @pytest.mark.parametrize("k", [1, 5])
 async def test_sampled_rows_equal_transformers(clients, models, k: int) -> None:
-    engine = RolloutEngine(pool_of(clients["student"]), load_tokenizer(MODELS / "student"), 1, k)
+    engine = RolloutEngine(pool_of(clients["code"]), load_tokenizer(MODELS / "student"), 1, k)
     rollouts = await engine.sample_group(PROMPT, 0, 4, 24)
     assert len(rollouts) == 4
     for rollout in rollouts:
-        assert_top(rollout.top_ids, all_logprobs(models["student"], rollout.token_ids), k)
+        assert_top(rollout.top_ids, all_logprobs(models["code"], rollout.token_ids), k)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(8, 0.0, (2,)), Sampling(8, 2.0, (2,)), Sampling(8, 1.0, (2,), 0.5, 2)])
 async def test_sampled_rows_are_of_the_whole_distribution_however_it_is_drawn_from(clients, models, sampling) -> None:
-    (generation,) = await clients["student"].generate(PROMPT.token_ids, 1, sampling, 5)
-    expected = all_logprobs(models["student"], generation.token_ids, sampling.temperature or 1.0)
+    (generation,) = await clients["code"].generate(PROMPT.token_ids, 1, sampling, 5)
+    expected = all_logprobs(models["code"], generation.token_ids, sampling.temperature or 1.0)
     assert_top(generation.top_ids, expected, 5)
 
 
 async def test_teacher_and_free_reference_score_a_rollout_each_with_its_own_model(clients, models) -> None:
-    (rollout,) = await RolloutEngine(pool_of(clients["student"]), load_tokenizer(MODELS / "student"), 1).sample_group(
+    (rollout,) = await RolloutEngine(pool_of(clients["code"]), load_tokenizer(MODELS / "student"), 1).sample_group(
         PROMPT, 0, 1, 24
     )
     reference = Teacher("reference", pool_of(clients["code"]), VOCAB, {})
