@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.extend(str(ROOT / "tests" / name) for name in ("support", "fakes", "."))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
 
 from conftest import started_servers
 from faults import (
@@ -39,7 +40,7 @@ from faults import (
 )
 from faulty_proxy import PASSING, SPOILT, FaultyProxy
 
-from runs import COMMAND, TOY, Run, Servers, finish
+from runs import COMMAND, ROOT, TOY, Run, Servers, finish
 
 STEPS = 4
 DOCUMENT = ROOT / "docs" / "reliability.md"
