@@ -122,7 +122,7 @@ async def test_tries_that_end_in_a_rest_do_not_use_up_those_of_the_request() -> 
         return await server.work()
 
     a.calls = 2
-    assert await pool.call("g", 1, 3, mortal) == a.url and outages == 1
+    assert await pool.call("g", 1, 2, mortal) == a.url and outages == 1
     a.calls, outages = 2, -9
     a.fails = True
     with pytest.raises(TransientError):  # but it does not go on forever
