@@ -78,13 +78,14 @@ async def train(run: RunDirectory) -> None:
             refreshed = await refresh.push(student, version=step + 1)
             times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
             await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
-            step = step + 1
+            step += 1
             if config.checkpoint.due(step, last=batch.last):
                 saver.begin(step)  # while the next step's rollouts are sampled
             if batch.last:  # the evaluation is still to come, in which the weights may have to be sent again
                 saver.finish()
-                export_hf(student, config.student.model, run.export)
+        saver.finish()
         await refresh.close()
+    export_hf(student, config.student.model, run.export)
     dist.destroy_process_group()
 
 
