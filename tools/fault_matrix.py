@@ -3,7 +3,7 @@
     python tools/fault_matrix.py [FAULT ...] [--folder runs/fault_matrix]
 
 Without names it runs all faults; results add up in ``FOLDER/results.json``, and the table of docs/reliability.md is
-written from them. Servers that are not to die are started once and shared. Exits with 1 when a run did not end complete,
+written from them. Servers that are not to die are started once and shared. Exits with 1 when a run did not end whole,
 lost or repeated a prompt, or when a wrong number reached the loss.
 """
 
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.extend(str(ROOT / "tests" / name) for name in ("support", "fakes", "."))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
 
-from conftest import started_servers  # noqa: E402
+from conftest import started_servers
 from faults import (
     COORDINATOR,
     MATH,
@@ -39,7 +40,7 @@ from faults import (
 )
 from faulty_proxy import PASSING, SPOILT, FaultyProxy
 
-from runs import COMMAND, TOY, Run, Servers, finish
+from runs import COMMAND, ROOT, TOY, Run, Servers, finish
 
 STEPS = 4
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -114,9 +115,9 @@ FAULTS: dict[str, tuple[Inject, str, list[str]]] = {
     "kill -9, one of two rollout engines, generating": (generating, OWN_ROLLOUT, ["rollout.server.replicas=2"]),
     "kill -9, the coordinator": (job(COORDINATOR), "", []),
     "kill -9, a rank of the student": (job(STUDENT), "", []),
-    "a teacher answers 500 to 12 requests": (for_a_while("500", 12), PROXY, PATIENCE),
-    "a teacher answers 503 to 12 requests": (for_a_while("503", 12), PROXY, PATIENCE),
-    "a teacher hangs for 12 requests": (for_a_while("hang", 12), PROXY, PATIENCE),
+    "a teacher answers 500 to 6 requests": (for_a_while("500", 6), PROXY, PATIENCE),
+    "a teacher answers 503 to 6 requests": (for_a_while("503", 6), PROXY, PATIENCE),
+    "a teacher hangs for 6 requests": (for_a_while("hang", 6), PROXY, PATIENCE),
     **{
         f"a teacher's answer: {fault}": (every_second(*[fault] * (2 if fault == "swapped" else 3)), PROXY, PATIENCE)
         for fault in [*SPOILT, "oversized", "swapped", *PASSING]

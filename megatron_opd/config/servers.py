@@ -19,7 +19,7 @@ class RoutingConfig(Section):
     """Failures in a row after which a replica gets no more requests until it answers again."""
     first_pause_s: PositiveFloat = 1.0
     """Seconds until a replica that was left out is probed; doubled after each probe that fails."""
-    longest_pause_s: PositiveFloat = 60.0
+    longest_pause_s: PositiveFloat = 10.0
     """Most seconds between two probes."""
     wait_s: PositiveFloat = 300.0
     """Longest wait of a request while every replica is out; then it fails with an error that names them."""

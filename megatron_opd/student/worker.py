@@ -60,7 +60,7 @@ async def train(run: RunDirectory) -> None:
         refresh = await _connect(stack, config, run, endpoints, student)
         refreshed = await refresh.push(student, version=start)
         await _report(coordinator, _report_of(refreshed, start, info=_info(student, config)))
-        step = start
+        step, paused = start, False
 
         async def send_again(number: int) -> None:
             again = await refresh.push(student, version=step)
@@ -78,14 +78,15 @@ async def train(run: RunDirectory) -> None:
             refreshed = await refresh.push(student, version=step + 1)
             times = {"time/wait_s": training - waiting, "time/train_s": trained - training}
             await _report(coordinator, _report_of(refreshed, step + 1, training=named_metrics(metrics) | times))
-            step = step + 1
+            step, paused = step + 1, batch.paused
             if config.checkpoint.due(step, last=batch.last):
                 saver.begin(step)  # while the next step's rollouts are sampled
             if batch.last:  # the evaluation is still to come, in which the weights may have to be sent again
                 saver.finish()
-            if batch.last and not batch.paused:
-                export_hf(student, config.student.model, run.export)
+        saver.finish()
         await refresh.close()
+    if not paused:
+        export_hf(student, config.student.model, run.export)
     dist.destroy_process_group()
 
 

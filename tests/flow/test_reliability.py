@@ -63,7 +63,7 @@ def test_no_wrong_number_of_a_teacher_reaches_the_loss(servers: Servers, run_tra
         await_doing(run, "step 4: rollouts")
         left = list(proxy.plan)
         proxy.plan.clear()
-        proxy.fault, proxy.times = "503", 12  # for a while; probes get it too
+        proxy.fault, proxy.times = "503", 6  # for a while; probes get it too
         assert finish(run, 600) == 0, run.text()
         assert not left and proxy.times == 0
         found = "\n".join(line for event in run.events() if event["event"] == "dropped" for line in event["reasons"])

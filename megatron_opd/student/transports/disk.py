@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +16,13 @@ from safetensors.torch import save_file
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import RefreshError
 from megatron_opd.student.transports.base import NamedTensors, Sent, Transport, buckets, each
+
+logger = logging.getLogger(__name__)
+PAUSE_S = 1.0  # between two looks at a full disk
+
+
+class DiskFull(RefreshError):
+    """There is no room for the new weights."""
 
 
 class Disk(Transport):
@@ -41,12 +50,27 @@ class Disk(Transport):
         written = 0
         try:
             for number, (bucket, _) in enumerate(buckets(weights, self._config.bucket_bytes), 1):
-                written += _write_bucket(partial / f"weights-{number:05d}.safetensors", bucket, written)
+                path = partial / f"weights-{number:05d}.safetensors"
+                written += _write_when_there_is_room(path, bucket, written, self._config.recovery_s)
         except BaseException:
             shutil.rmtree(partial)
             raise
         partial.rename(folder)
         return written
+
+
+def _write_when_there_is_room(path: Path, bucket: NamedTensors, before: int, wait_s: float) -> int:
+    """The file's bytes. Waits in place, and the other ranks with it: no engine has heard of this version yet."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return _write_bucket(path, bucket, before)
+        except DiskFull as error:
+            if time.monotonic() >= deadline:
+                raise
+            logger.warning("%s; waiting for at most %g s", error, wait_s)
+            path.unlink(missing_ok=True)
+            time.sleep(PAUSE_S)
 
 
 def _write_bucket(path: Path, bucket: NamedTensors, before: int) -> int:
@@ -64,8 +88,8 @@ def _write_bucket(path: Path, bucket: NamedTensors, before: int) -> int:
     return size
 
 
-def _full(path: Path, size: int, free: int, before: int) -> RefreshError:
-    return RefreshError(
+def _full(path: Path, size: int, free: int, before: int) -> DiskFull:
+    return DiskFull(
         "The disk is full: the new weights cannot be written, and the engines keep the old ones",
         where=path,
         got=f"{free:,} bytes free after {before:,} bytes of this version",

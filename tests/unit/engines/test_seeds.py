@@ -14,6 +14,7 @@ from megatron_opd.engines.command import LAUNCHER
 from megatron_opd.engines.rollout import RolloutEngine, response_seed
 from megatron_opd.engines.sglang import Generation, Sampling
 from megatron_opd.records import Prompt
+from megatron_opd.runtime.http import TransientError
 
 PROMPT = Prompt("p:1", "math", "?", (5, 6), "1")
 
@@ -28,13 +29,14 @@ class FakeTokenizer:
 class FakeClient:
     """Answers with the seed as the only token."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: int = 0) -> None:
         self.asked: list[tuple[int, Sampling]] = []
+        self.version = version
 
     async def generate(self, prompt: tuple, samples: int, sampling: Sampling, top_ids: int) -> list[Generation]:
         self.asked.append((samples, sampling))
         ids = np.array([(sampling.seed or 0) % 1000])
-        return [Generation(ids, np.zeros(1, np.float32), np.zeros(1, np.int64), "stop", None)] * samples
+        return [Generation(ids, np.zeros(1, np.float32), np.array([self.version]), "stop", None)] * samples
 
 
 async def test_each_response_has_a_request_and_a_seed_of_its_own() -> None:
@@ -49,6 +51,18 @@ async def test_without_a_seed_a_group_is_one_request() -> None:
     client = FakeClient()
     await RolloutEngine(pool_of(client), FakeTokenizer(), 1).sample_group(PROMPT, 3, 4, 16)
     assert client.asked == [(4, Sampling(16, 1.0, (2,)))]
+
+
+async def test_tokens_of_an_engine_that_has_lost_its_weights_are_nobody_s() -> None:
+    lost, good = FakeClient(version=-1), FakeClient(version=3)
+    engine = RolloutEngine(pool_of(lost, good), FakeTokenizer(), 2, refreshed=True)
+    rollouts = await engine.sample_group(PROMPT, 3, 4, 16)
+    assert len(lost.asked) == 1 and {int(rollout.versions[0]) for rollout in rollouts} == {3}
+    alone = RolloutEngine(pool_of(FakeClient(version=-1)), FakeTokenizer(), 1, refreshed=True)
+    with pytest.raises(TransientError, match="started again"):
+        await alone.sample_group(PROMPT, 3, 4, 16)
+    teacher = RolloutEngine(pool_of(FakeClient(version=-1)), FakeTokenizer(), 1)  # nobody refreshes it
+    assert len(await teacher.sample_group(PROMPT, 3, 4, 16)) == 4
 
 
 def test_seeds_differ_and_never_change() -> None:

@@ -15,6 +15,7 @@ from megatron_opd.config import RefreshConfig
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import EngineError, RefreshError
 from megatron_opd.student.transports import Place
+from megatron_opd.student.transports import disk as transport
 from megatron_opd.student.transports.disk import Disk
 
 SIZE = 1 << 20  # of the small file system
@@ -49,8 +50,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def disk(folder: Path, bucket_mb: int = 1) -> Disk:
-    return Disk(RefreshConfig(mode="disk", bucket_mb=bucket_mb), Place("127.0.0.1", 1, folder / "weights"))
+def disk(folder: Path, bucket_mb: int = 1, recovery_s: float = 0.001) -> Disk:
+    config = RefreshConfig(mode="disk", bucket_mb=bucket_mb, recovery_s=recovery_s)
+    return Disk(config, Place("127.0.0.1", 1, folder / "weights"))
 
 
 def tensors(*sizes: int) -> dict[str, torch.Tensor]:
@@ -109,6 +111,14 @@ async def test_a_full_disk_names_the_place_and_no_engine_is_asked(small_disk: Pa
     assert "version_000002" in said and f"{size:,} for the next file" in said and "bytes free" in said
     assert [version for _, version, _ in engine.loaded] == [1]
     assert [path.name for path in (small_disk / "weights").iterdir()] == ["version_000001"]
+
+
+async def test_a_full_disk_is_waited_for(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, way = Engine(), disk(small_disk, recovery_s=60.0)
+    (small_disk / "other").write_bytes(bytes(SIZE // 2))
+    monkeypatch.setattr(transport.time, "sleep", lambda _: (small_disk / "other").unlink())
+    sent = await way.send([engine], iter(tensors(SIZE * 3 // 4).items()), 1, flush=True)
+    assert sent.failed == {} and engine.loaded == [("version_000001", 1, ["weights-00001.safetensors"])]
 
 
 def test_the_engine_of_this_test_has_the_real_ones_method() -> None:

@@ -23,9 +23,10 @@ from megatron_opd.train.roles import Role
 
 # Like an engine it has a child of its own, which holds on to the port when its parent is killed.
 SERVER = """
-import http.server, os, sys
+import http.server, os, sys, time
 server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler)
-os.fork()
+if os.fork() == 0:
+    time.sleep(600)
 server.serve_forever()
 """
 
