@@ -35,12 +35,14 @@ ALLOWED = {
     "coordinator": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "teachers", "observe"},
     "student": FOUNDATION | {"runtime", "recipe", "engines", "observe"},
     "train": FOUNDATION | {"runtime", "data", "engines", "observe", "student"},
-    "difficulty": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "observe", "train"},
+    "sampling": FOUNDATION | {"runtime", "verifiers", "engines", "observe", "train"},
+    "difficulty": FOUNDATION | {"runtime", "recipe", "data", "engines", "sampling", "train"},
+    "evaluation": FOUNDATION | {"runtime", "data", "engines", "sampling", "train", "observe", "convert"},
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
     "plan": FOUNDATION | {"student"},
     "view": FOUNDATION | {"runtime", "observe", "audit"},
     "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view", "convert"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "evaluation", "observe", "audit", "plan", "view", "convert"},
 }
 
 
