@@ -9,26 +9,23 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import BenchmarkConfig, EvaluationConfig
 from megatron_opd.data.reading import read_prompts
 from megatron_opd.data.rows import Flaw, Row, read_rows
-from megatron_opd.errors import DataError, OpdError, raise_together
+from megatron_opd.errors import DataError
 from megatron_opd.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_benchmarks(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The problems of all benchmarks. Raises OpdError: the one mistake, or a list of all."""
-    prompts: list[Prompt] = []
-    found: list[OpdError] = []
-    for name, benchmark in config.benchmarks.items():
-        try:
-            prompts += _read(name, benchmark, tokenizer, config.max_prompt_tokens)[: config.limit]
-        except DataError as error:
-            error.where = f"{error.where} (benchmarks.{name})"
-            error.fix = error.fix and error.fix.replace("data.columns", f"benchmarks.{name}.columns")
-            found.append(error)
-    raise_together(found)
-    return prompts
+def read_benchmark(config: EvaluationConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The problems of one benchmark. Raises DataError."""
+    try:
+        return _read(name, config.benchmarks[name], tokenizer, config.max_prompt_tokens)[: config.limit]
+    except DataError as error:
+        error.where = f"{error.where} (benchmarks.{name})"
+        if error.fix is not None:
+            fix = error.fix.replace("data.columns", f"benchmarks.{name}.columns")
+            error.fix = fix.replace("data.max_prompt_tokens", "max_prompt_tokens")
+        raise
 
 
 def _read(name: str, benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> list[Prompt]:
@@ -37,12 +34,8 @@ def _read(name: str, benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerB
     present = {name} if column is None else _values(benchmark.file, column)
     wanted = benchmark.domain or name
     if wanted not in present:
-        raise DataError(
-            "No record is of the domain",
-            where=benchmark.file,
-            got=", ".join(sorted(present)) or "none",
-            expected=wanted,
-        )
+        got = ", ".join(sorted(present)) or f"no value in {column}"
+        raise DataError("No record is of the benchmark's domain", where=benchmark.file, got=got, expected=wanted)
     default = name if column is None else None
     prompts = read_prompts(benchmark.file, columns, default, present, tokenizer, most_tokens, benchmark.template)
     return [replace(item, domain=name, id=f"{name}/{item.id}") for item in prompts if item.domain == wanted]

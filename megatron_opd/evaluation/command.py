@@ -18,7 +18,7 @@ from megatron_opd.config import EvaluationConfig
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.engines.command import check_engine_python
 from megatron_opd.errors import ConfigError, raise_together
-from megatron_opd.evaluation.benchmarks import read_benchmarks
+from megatron_opd.evaluation.benchmarks import read_benchmark
 from megatron_opd.evaluation.console import EvaluationConsole
 from megatron_opd.evaluation.model import Model, find_model
 from megatron_opd.evaluation.results import FILE, Evaluation, Problem, Scores, by_benchmark, score, write_problems
@@ -71,12 +71,13 @@ def _check(given: Path, config: EvaluationConfig) -> tuple[Model, PreTrainedToke
             f"benchmarks.{name}.max_new_tokens": benchmark.max_new_tokens,
         }
         found += attempt(lambda sizes=longest: check_context(str(given), folder, sizes))
-    inputs: list = []
-    found += attempt(lambda: inputs.append(load_tokenizer(folder)))
-    if inputs:
-        found += attempt(lambda: inputs.append(read_benchmarks(config, inputs[0])))
+    tokenizers: list[PreTrainedTokenizerBase] = []
+    prompts: list[Prompt] = []
+    found += attempt(lambda: tokenizers.append(load_tokenizer(folder)))
+    for name in config.benchmarks if tokenizers else ():
+        found += attempt(lambda n=name: prompts.extend(read_benchmark(config, n, tokenizers[0])))
     raise_together(found)
-    return models[0], *inputs
+    return models[0], tokenizers[0], prompts
 
 
 def _make_way(folder: Path, config: EvaluationConfig) -> None:
@@ -170,7 +171,8 @@ def _settings(config: EvaluationConfig) -> dict[str, object]:
         settings |= {f"benchmarks.{name}.{key}": value for key, value in plain.items()}
     verifiers = config.verifiers.model_dump(mode="json", exclude={"kinds", "workers"})
     settings |= {f"verifiers.{key}": value for key, value in verifiers.items()}
-    return settings | {"engine.dtype": config.engine.dtype, "engine.deterministic": config.engine.deterministic}
+    seed = config.seed if config.engine.deterministic else None  # servers do not heed it otherwise
+    return settings | {"engine.dtype": config.engine.dtype, "seed": seed}
 
 
 def _write_summary(path: Path, found: Evaluation, scores: dict[str, Scores]) -> None:
