@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from megatron_opd import __version__
@@ -14,7 +15,7 @@ from megatron_opd.evaluation.results import Scores
 from megatron_opd.evaluation.statistics import LEVEL, Estimate
 from megatron_opd.sampling.console import SamplingConsole
 
-INTERVAL = f"{100 * LEVEL:.0f} % interval"
+INTERVAL = f"{100 * LEVEL:.0f} %"
 NOTHING = "-"
 
 
@@ -45,17 +46,19 @@ class EvaluationConsole(SamplingConsole):
 
     def scores(self, found: Mapping[str, Scores]) -> None:
         """A row for each benchmark."""
-        table = Table(title="per cent of responses that are correct", title_justify="left")
-        ks = sorted({k for scores in found.values() for k in scores.pass_at if k > 1})
-        columns = ("problems", "n", "avg@n", "std. error", INTERVAL, *[f"pass@{k}" for k in ks])
-        table.add_column("benchmark")
-        for column in (*columns, "tokens", "cut %", "unknown %"):
-            table.add_column(column, justify="right")
+        table = _table("problems", "avg@n (s.e.)", INTERVAL, "pass@k", "tokens", "cut", "unknown")
         for name, scores in found.items():
-            passes = [_percent(scores.pass_at.get(k)) for k in ks]
-            rest = (f"{scores.length:.0f}", f"{100 * scores.cut:.1f}", f"{100 * scores.unknown:.1f}")
-            accuracy = (_percent(scores.accuracy), _error(scores.accuracy), _interval(scores.accuracy))
-            table.add_row(name, str(scores.problems), str(scores.samples), *accuracy, *passes, *rest)
+            most = max(scores.pass_at, default=None)
+            table.add_row(
+                name,
+                f"{scores.problems} x {scores.samples}",
+                f"{_percent(scores.accuracy)} ({_error(scores.accuracy)})",
+                _interval(scores.accuracy),
+                NOTHING if most is None else f"{_percent(scores.pass_at[most])} @{most}",
+                f"{scores.length:.0f}",
+                f"{100 * scores.cut:.1f}",
+                f"{100 * scores.unknown:.1f}",
+            )
         self._console.print(table)
 
     def files(self, paths: Sequence[Path]) -> None:
@@ -68,10 +71,7 @@ class EvaluationConsole(SamplingConsole):
         self._say(f"A = {names[0]}\nB = {names[1]}")
         for note in notes:
             self._warn(f"not done alike: {note}")
-        table = Table(title="per cent of responses that are correct", title_justify="left")
-        table.add_column("benchmark")
-        for column in ("problems", "A", "B", "B - A", "std. error", INTERVAL, "p", "B better", "B worse"):
-            table.add_column(column, justify="right")
+        table = _table("problems", "A", "B", "B - A (s.e.)", INTERVAL, "p", "better", "worse")
         for name, row in found.items():
             table.add_row(name, *_comparison_cells(row))
         self._console.print(table)
@@ -80,17 +80,24 @@ class EvaluationConsole(SamplingConsole):
                 self._warn(f"{name}: {row.left_out} problems are left out, which one of the two could not be graded on")
 
 
+def _table(*columns: str) -> Table:
+    table = Table(title="per cent of responses that are correct", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("benchmark", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def _comparison_cells(row: Comparison) -> list[str]:
     gap = row.difference
     if gap is None:
-        return ["0", *[NOTHING] * 8]
+        return ["0", *[NOTHING] * 7]
     mean = gap.estimate
     return [
         str(mean.problems),
         f"{100 * row.first:.1f}",
         f"{100 * row.second:.1f}",
-        f"{100 * mean.value:+.1f}",
-        _error(mean),
+        f"{100 * mean.value:+.1f} ({_error(mean)})",
         _interval(mean),
         f"{'' if gap.exact else '~'}{gap.p_value:.4f}",
         str(gap.better),

@@ -53,7 +53,9 @@ def show(tmp_path: Path, *, terminal: bool, width: int = 200) -> str:
     output = io.StringIO()
     recorder = Recorder(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     recorder.event("evaluating", when="before", prompts=4)
-    recorder.evaluated(0, "before", {"math": 0.25, "code": None}, {"math": 0.03, "code": None})
+    recorder.evaluated(0, "before", {"math": 0.25, "code": None}, {"math": 0.03, "code": None}, (0, 0))
+    recorder.evaluated(2, "during", {"math": 0.5}, {"math": 0.1}, (2, 3))
+    recorder.event("evaluation_skipped", step=3)
     recorder.step(1, METRICS | {"other": 1.0})
     recorder.event("sink_left", sink="wandb", reason="no [answer]")
     with RunConsole(Console(file=output, force_terminal=terminal, width=width, soft_wrap=True)) as console:
