@@ -72,6 +72,8 @@ def test_a_log_gets_plain_lines_once_each(tmp_path: Path) -> None:
     text = show(tmp_path, terminal=False)
     assert "\x1b" not in text and text.count("step 1/2 | loss -0.0100 | gap -0.300 | correct  50% | kept 100%") == 1
     assert "accuracy before: math 25.0 %  code not graded" in text
+    assert "accuracy after step 2, weights 2 to 3: math 50.0 %" in text
+    assert "warning: no evaluation after step 3: the one before still goes on" in text
     assert "warning: wandb gets no more numbers: no [answer]" in text
     assert "[run]" in text and "error: It [failed]\n  got:      3" in text  # not taken for markup
     assert "report    megatron-opd view" in text.split("error:")[1]
