@@ -35,6 +35,27 @@ def drive(folder: Path, times: Times, *overrides: str, broken: bool = False) -> 
     return run_in_virtual_time(run())
 
 
+def test_most_of_the_engine_is_left_to_training(tmp_path: Path) -> None:
+    under_way: set[str] = set()
+    most = [0]
+
+    async def run() -> None:
+        overrides = (*SIZE, *EVERY_2, "rollout.max_staleness=1", "steps=3")
+        world = FakeWorld(tmp_path, QUICK, *overrides, prompts=PROMPTS, held_out=HELD_OUT)
+
+        def seen(prompt: Prompt, live: int) -> int:  # called when a group begins and when it ends
+            if int(prompt.id[1:]) >= PROMPTS and (live == 2 or prompt.id in under_way):
+                under_way.symmetric_difference_update({prompt.id})
+                most[0] = max(most[0], len(under_way))
+            return live
+
+        world.engine.version_of = seen
+        await world.drive()
+
+    run_in_virtual_time(run())
+    assert most == [2] and not under_way
+
+
 def during(world: FakeWorld) -> list[dict]:
     return [e for e in read_events(world.run.events) if e["event"] == "evaluated" and e["when"] == "during"]
 

@@ -48,7 +48,7 @@ def test_the_interval_is_that_of_all_resamples() -> None:
     values = [0.0, 0.25, 0.5, 1.0, 0.1]
     means = [np.mean(chosen) for chosen in itertools.product(values, repeat=5)]
     found = estimate(values, seed=3)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.03)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.011)
     assert (found.low, found.high) == (estimate(values, 3).low, estimate(values, 3).high)
     assert found.low < found.value < found.high
 
