@@ -68,6 +68,47 @@ def difficulty(config: ConfigFile, overrides: Overrides = None) -> None:
         estimate(load_config(config, overrides or []), [str(config), *(overrides or [])], console)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="Hugging Face folder, run, or Megatron checkpoint", metavar="CHECKPOINT_OR_HF_DIR")
+    ],
+    configs: Annotated[
+        list[str], typer.Argument(help="YAML files, for example conf/eval/math.yaml, and changes", metavar="CONFIG...")
+    ],
+) -> None:
+    """Sample k responses to each problem of one or more benchmarks, and say how many are correct, and how sure that is.
+
+    Changes are KEY=VALUE, for example server.urls=[http://127.0.0.1:30000]; docs/evaluation.md lists all keys.
+    """
+    from megatron_opd.config import load_evaluation
+    from megatron_opd.evaluation.command import evaluate as run_evaluation
+    from megatron_opd.evaluation.console import EvaluationConsole
+
+    with EvaluationConsole() as console, _told(console):
+        run_evaluation(model, load_evaluation(configs), console)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one, of the same problems", metavar="B")],
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers for a program")] = False,
+) -> None:
+    """Test whether the second of two evaluated models is better than the first, problem by problem."""
+    from megatron_opd.evaluation.compare import compare as run_comparison
+    from megatron_opd.evaluation.compare import comparison_json, other_settings
+    from megatron_opd.evaluation.console import EvaluationConsole
+
+    console = EvaluationConsole()
+    with _told(console):
+        a, b, found = run_comparison(first, second)
+        if as_json:
+            typer.echo(comparison_json(a, b, found))
+        else:
+            console.comparison((a.model, b.model), found, other_settings(a, b))
+
+
 @app.command()
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],

@@ -72,7 +72,10 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = load_config(TOY, ["teachers.math.server.engine=vllm", "scoring.top_k=5"])
     url = f"http://127.0.0.1:{free_port()}"
     teacher = config.teachers["math"]
-    with running(replica_roles(config, "vllm", teacher.server, teacher.model, [url]), tmp_path_factory.mktemp("vllm")):
+    with running(
+        replica_roles(config.engine, 0, config.scoring.top_k, "vllm", teacher.server, teacher.model, [url]),
+        tmp_path_factory.mktemp("vllm"),
+    ):
         yield url
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import load_config
+from megatron_opd.config import load_config, load_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_opd"
@@ -35,12 +35,14 @@ ALLOWED = {
     "coordinator": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "teachers", "observe"},
     "student": FOUNDATION | {"runtime", "recipe", "engines", "observe"},
     "train": FOUNDATION | {"runtime", "data", "engines", "observe", "student"},
-    "difficulty": FOUNDATION | {"runtime", "recipe", "data", "verifiers", "engines", "observe", "train"},
+    "sampling": FOUNDATION | {"runtime", "verifiers", "engines", "observe", "train"},
+    "difficulty": FOUNDATION | {"runtime", "recipe", "data", "engines", "sampling", "train"},
+    "evaluation": FOUNDATION | {"runtime", "data", "engines", "sampling", "train", "observe", "convert"},
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
     "plan": FOUNDATION | {"student"},
     "view": FOUNDATION | {"runtime", "observe", "audit"},
     "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view", "convert"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "evaluation", "observe", "audit", "plan", "view", "convert"},
 }
 
 
@@ -129,5 +131,8 @@ def test_public_functions_are_typed(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path: Path) -> None:
+    if path.parent == ROOT / "conf/eval":
+        load_evaluation([str(path)])
+        return
     is_part = path.parent != ROOT / "conf"  # of a config, such as a recipe: loads on top of a whole one
     load_config(*((ROOT / "conf/toy.yaml", [str(path)]) if is_part else (path, [])))

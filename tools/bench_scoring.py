@@ -57,7 +57,7 @@ async def measure(client: ScoringClient, options: argparse.Namespace, how: str) 
 async def serve_and_measure(options: argparse.Namespace) -> None:
     config = load_config(Path("conf/toy.yaml"), [f"teachers.math.server.engine={options.engine}", "engine.device=cpu"])
     teacher, url = config.teachers["math"], f"http://127.0.0.1:{free_port()}"
-    (role,) = replica_roles(config, "teacher", teacher.server, teacher.model, [url])
+    (role,) = replica_roles(config.engine, 0, config.scoring.top_k, "teacher", teacher.server, teacher.model, [url])
     with tempfile.TemporaryDirectory() as folder:
         child = start(role.name, role.argv, role.environment, Path(folder) / "server.log")
         client = new_client(config.engine, teacher.server, url)

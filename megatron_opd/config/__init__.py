@@ -9,7 +9,8 @@ All mistakes are reported together, with the nearest known key. Relative paths c
 
 from megatron_opd.config.cluster import ClusterConfig
 from megatron_opd.config.convert import ConversionConfig, ToHfConfig, ToMegatronConfig
-from megatron_opd.config.load import load_config, load_options, parse_config
+from megatron_opd.config.evaluation import BenchmarkConfig, EvaluationConfig
+from megatron_opd.config.load import load_config, load_evaluation, load_options, parse_config
 from megatron_opd.config.recipe import (
     BalanceConfig,
     CalibrationConfig,
@@ -38,6 +39,7 @@ from megatron_opd.config.servers import EngineConfig, RoutingConfig, ServerConfi
 
 __all__ = [
     "BalanceConfig",
+    "BenchmarkConfig",
     "CalibrationConfig",
     "CheckpointConfig",
     "ClusterConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "DifficultyConfig",
     "EngineConfig",
     "EvalConfig",
+    "EvaluationConfig",
     "JudgeConfig",
     "LazyConfig",
     "LossConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "ToMegatronConfig",
     "VerifierConfig",
     "load_config",
+    "load_evaluation",
     "load_options",
     "parse_config",
 ]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from megatron_opd.config.base import Section
+from megatron_opd.config.evaluation import EvaluationConfig
 from megatron_opd.config.run import Config
 from megatron_opd.errors import ConfigError
 
@@ -24,13 +25,27 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     A file may name files that it builds on, ``defaults: [recipe/uni_opd_text.yaml]``, relative to itself. Raises
     ConfigError that lists every mistake.
     """
+    _check_form(overrides, "steps=2")
+    merged = _merge(_read(path, ()), overrides)
+    return parse_config(_resolve(merged, path), where=str(path))
+
+
+def load_evaluation(items: list[str]) -> EvaluationConfig:
+    """The same for an evaluation, from YAML files and ``key=value`` arguments in any order."""
+    _check_form(items, "limit=10")
+    files = " ".join(item for item in items if "=" not in item)
+    if not files:
+        raise ConfigError("No config is given", expected="at least one .yaml file, for example conf/eval/math.yaml")
+    merged = _merge(OmegaConf.create(), items)
+    return _validate(EvaluationConfig, _resolve(merged, files), files, fix="docs/evaluation.md lists every key")
+
+
+def _check_form(overrides: list[str], example: str) -> None:
     malformed = [item for item in overrides if ("=" not in item and not item.endswith(".yaml")) or item.startswith("=")]
     if malformed:
         raise ConfigError(
-            "Malformed override", got=" ".join(malformed), expected="key=value, for example steps=2, or a .yaml file"
+            "Malformed override", got=" ".join(malformed), expected=f"key=value, for example {example}, or a .yaml file"
         )
-    merged = _merge(_read(path, ()), overrides)
-    return parse_config(_resolve(merged, path), where=str(path))
 
 
 def load_options(schema: type[SectionType], options: list[str], where: str) -> SectionType:

@@ -105,6 +105,8 @@ class Config(Section):
             yield "rollout.max_staleness refreshes weights amid responses: set refresh.pause to retract or in_place"
         if objective.placebo and self.calibration is None:
             yield "objective.placebo permutes the outcomes of calibration, which is null"
+        if self.evaluation.every_steps > 0 and self.data.eval is None:
+            yield "evaluation.every_steps evaluates on data.eval, which is null"
         yield from self._server_misfits()
 
     def _server_misfits(self) -> Iterator[str]:

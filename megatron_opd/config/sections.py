@@ -246,7 +246,7 @@ class RefreshConfig(Section):
 
 
 class EvalConfig(Section):
-    """The evaluation before and after training."""
+    """The evaluation before, in and after training."""
 
     before: bool = True
     """Whether student and teachers are evaluated before training too."""
@@ -256,6 +256,10 @@ class EvalConfig(Section):
     """Sampling temperature; 0 is greedy."""
     teachers: bool = True
     """Whether each teacher is evaluated on its own domain too."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Every how many steps the student is evaluated in training; 0: never. Training goes on if max_staleness >= 1."""
+    concurrency: PositiveInt = 32
+    """Held-out prompts under way at once while training goes on: the rest of the engine is left to rollouts."""
     limit: PositiveInt | None = None
     """Most prompts of each domain; null takes all."""
 

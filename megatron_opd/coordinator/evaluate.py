@@ -40,6 +40,7 @@ class Graded:
     prompt: Prompt
     outcomes: list[Outcome]
     tokens: int  # generated for it
+    versions: tuple[int, int]  # oldest and newest of the weights that drew a token
 
 
 async def evaluate(
@@ -48,21 +49,28 @@ async def evaluate(
     prompts: Sequence[Prompt],
     config: Config,
     advance: Callable[[], None] = lambda: None,
+    most: int | None = None,
 ) -> list[Graded]:
     """Outcomes of the model behind ``engine`` on each of ``prompts``; ``advance`` is called for each that is graded.
 
-    Raises EngineError when it does not answer.
+    most: prompts under way at once; None: all. Raises EngineError when it does not answer.
     """
-    settings = config.evaluation
+    settings, places = config.evaluation, asyncio.Semaphore(most or max(1, len(prompts)))
 
     async def grade(prompt: Prompt) -> Graded:
+        async with places:
+            return await _grade(prompt)
+
+    async def _grade(prompt: Prompt) -> Graded:
         rollouts = await engine.sample_group(
             prompt, 0, settings.samples_per_prompt, config.rollout.max_new_tokens, temperature=settings.temperature
         )
         verdicts = await asyncio.gather(*(verifiers.verify(prompt, r.text) for r in rollouts))
         outcomes = [verdict.outcome for verdict in verdicts]
         advance()
-        return Graded(prompt, outcomes, sum(len(rollout.token_ids) for rollout in rollouts))
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        versions = [version for r in rollouts for version in (int(r.versions.min()), int(r.versions.max()))]
+        return Graded(prompt, outcomes, tokens, (min(versions), max(versions)))
 
     return await asyncio.gather(*(grade(prompt) for prompt in prompts))
 

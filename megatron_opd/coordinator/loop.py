@@ -22,7 +22,8 @@ import numpy as np
 from megatron_opd.config import Config
 from megatron_opd.coordinator.app import BatchBoard
 from megatron_opd.coordinator.buffer import Draws, Prepared, StepBuffer, buffered_s
-from megatron_opd.coordinator.evaluate import Graded, accuracies, evaluate
+from megatron_opd.coordinator.evaluate import Accuracy, Graded, accuracies, evaluate
+from megatron_opd.coordinator.evaluations import Evaluations
 from megatron_opd.coordinator.metrics import step_metrics
 from megatron_opd.coordinator.stages import Stages, StepRollouts, check_dropped_share, drop_reasons
 from megatron_opd.coordinator.state import Progress, write
@@ -63,6 +64,8 @@ class Loop:
     def __post_init__(self) -> None:
         self.draws = Draws(self.stream, self.progress.groups, self.progress.in_flight)
         self.buffer = StepBuffer(self._prepare, self.progress.step, self.config.steps)
+        every, beside = self.config.evaluation.every_steps, self.config.rollout.max_staleness > 0
+        self.evaluations = Evaluations(every, self._evaluate_step, self._skip_evaluation, beside=beside)
 
     async def run(self) -> bool:
         """Drive the run to its end. False: it was asked to pause, has saved, and goes on when it is started again."""
@@ -76,8 +79,12 @@ class Loop:
             paused = False
             while not self._is_over() and not paused:
                 paused = await self._step(self.progress.step)
+                if not self._is_over() and not paused:
+                    await self.evaluations.after(self.progress.step)
+            await self.evaluations.finish()
         finally:
             await self.buffer.close()
+            await self.evaluations.close()
         if paused:
             self.recorder.event("paused", step=self.progress.step)
             return False
@@ -225,15 +232,39 @@ class Loop:
         results = dict(zip(jobs, await asyncio.gather(*jobs.values()), strict=True))
         self._write_evaluation(when, results[when])
         for name, graded in results.items():
-            found = accuracies(graded)
             kind = when if name == when else "teacher"
+            found = self._record_evaluation(self.progress.step, name, graded)
             self.progress.evaluations[kind] = self.progress.evaluations.get(kind, {}) | found
-            shares = {domain: accuracy.value for domain, accuracy in found.items()}
-            errors = {domain: accuracy.standard_error for domain, accuracy in found.items()}
-            self.recorder.evaluated(self.progress.step, name, shares, errors)
 
-    async def _grade(self, engine: RolloutEngine, prompts: Sequence[Prompt]) -> list[Graded]:
-        graded = await evaluate(engine, self.stages.verifiers, prompts, self.config, self.activity.advance)
+    async def _evaluate_step(self, step: int) -> None:
+        """The student after so many steps; where training goes on meanwhile, newer weights may take over."""
+        beside = self.config.rollout.max_staleness > 0
+        self.recorder.event("evaluating", when=f"after step {step} of", prompts=len(self.held_out))
+        if not beside:
+            self.activity.begin(f"evaluating after step {step}", len(self.held_out))
+        graded = await self._grade(self.student_sampler, self.held_out, beside=beside)
+        self._write_evaluation(f"step_{step:06d}", graded)
+        self._record_evaluation(step, "during", graded)
+
+    def _skip_evaluation(self, step: int) -> None:
+        self.recorder.event("evaluation_skipped", step=step)
+
+    def _record_evaluation(self, step: int, name: str, graded: Sequence[Graded]) -> dict[str, Accuracy]:
+        """name: "before", "during", "after", or "teacher <domain>"."""
+        found = accuracies(graded)
+        shares = {domain: accuracy.value for domain, accuracy in found.items()}
+        errors = {domain: accuracy.standard_error for domain, accuracy in found.items()}
+        weights = (min(item.versions[0] for item in graded), max(item.versions[1] for item in graded))
+        self.recorder.evaluated(step, name, shares, errors, weights)
+        return found
+
+    async def _grade(self, engine: RolloutEngine, prompts: Sequence[Prompt], *, beside: bool = False) -> list[Graded]:
+        """beside: training goes on meanwhile, whose activity is shown, and which needs the engine too."""
+        verifiers, most = self.stages.verifiers, self.config.evaluation.concurrency
+        if beside:
+            graded = await evaluate(engine, verifiers, prompts, self.config, most=most)
+        else:
+            graded = await evaluate(engine, verifiers, prompts, self.config, self.activity.advance)
         self.progress.totals.generated += sum(item.tokens for item in graded)
         return graded
 

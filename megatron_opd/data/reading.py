@@ -49,9 +49,13 @@ def read_prompts(
     domains: set[str],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
+    template: str | None = None,
 ) -> list[Prompt]:
-    """All prompts of a .jsonl, .jsonl.gz or .parquet file, in its order. Raises DataError."""
-    reader = _Reader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens)
+    """All prompts of a .jsonl, .jsonl.gz or .parquet file, in its order. Raises DataError.
+
+    template: the text that is asked, with the record's in the place of ``{prompt}``; None asks the record's alone.
+    """
+    reader = _Reader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens, template)
     wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats]
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}  # of the row that has the id
@@ -84,10 +88,11 @@ class _Reader:
     domains: set[str]
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
+    template: str | None
 
     def prompt(self, row: Row) -> Prompt:
         record = row.record()
-        messages = _messages(self.columns.prompt, record.get(self.columns.prompt, MISSING))
+        messages = self._asked(_messages(self.columns.prompt, record.get(self.columns.prompt, MISSING)))
         return Prompt(
             id=self._id(record, row.number),
             domain=self._domain(record),
@@ -96,6 +101,17 @@ class _Reader:
             answer=_answer(self.columns.answer, record.get(self.columns.answer, MISSING)),
             repeats=self._repeats(record),
         )
+
+    def _asked(self, messages: list[dict]) -> list[dict]:
+        """The messages with the template around the last one."""
+        if self.template is None:
+            return messages
+        *earlier, last = messages
+        around = [part.strip() for part in self.template.split("{prompt}") if part.strip()]
+        if around and all(part in last["content"] for part in around):
+            fix = "set the template to null for this file"
+            raise Flaw(self.columns.prompt, "a question that is in the template already", "the question alone", fix)
+        return [*earlier, last | {"content": self.template.replace("{prompt}", last["content"])}]
 
     def _id(self, record: dict, number: int) -> str:
         column = self.columns.id

@@ -10,7 +10,6 @@ logs/rollout.log     of the engine, where the run started one; rollout-0.log, ..
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
 from collections.abc import Sequence
@@ -23,19 +22,18 @@ from megatron_opd.data.inputs import read_training
 from megatron_opd.data.pass_rates import PassRates, read_pass_rates, write_pass_rates
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.difficulty.console import DifficultyConsole
-from megatron_opd.difficulty.identity import file_digest, model_digest, settings_of
-from megatron_opd.difficulty.journal import Journal
+from megatron_opd.difficulty.identity import settings_of
 from megatron_opd.difficulty.picture import draw_histograms
-from megatron_opd.difficulty.sampling import sample_all
 from megatron_opd.difficulty.weighing import DomainWeights, weigh
 from megatron_opd.difficulty.weighted import REPEATS, check_convertible, write_weighted
 from megatron_opd.engines.command import check_engine_python
 from megatron_opd.errors import raise_together
 from megatron_opd.records import Prompt
-from megatron_opd.runtime.process import adopt_orphans, start, stop_all
-from megatron_opd.runtime.supervision import await_ready, ignore_signals, signals_raise
-from megatron_opd.train.preflight import attempt, check_context, check_model
-from megatron_opd.train.roles import replica_roles, server_urls
+from megatron_opd.runtime.supervision import signals_raise
+from megatron_opd.sampling.ask import Draw, Job, sample_missing
+from megatron_opd.sampling.identity import file_digest, model_digest
+from megatron_opd.sampling.journal import Journal
+from megatron_opd.train.preflight import attempt, check_context, check_model, longest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,10 +65,6 @@ class Folder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
-    @property
-    def log(self, role: str) -> Path:
-        return self.path / "logs" / f"{role}.log"
-
 
 def estimate(config: Config, arguments: Sequence[str], console: DifficultyConsole) -> None:
     """Do what is still to be done in the folder, and show the result. However it ends, no process is left.
@@ -96,7 +90,7 @@ def _check(config: Config) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:
     missing = attempt(lambda: check_model("student.model", config.student.model))
     if missing:
         raise_together(found + missing)  # what follows reads the model
-    found += attempt(lambda: check_context("student.model", config.student.model, config))
+    found += attempt(lambda: check_context("student.model", config.student.model, longest_of(config)))
     inputs: list = []
     unread = attempt(lambda: inputs.extend(_inputs(config)))
     found += unread or attempt(lambda: check_convertible(config.data.train))
@@ -125,14 +119,10 @@ def _sampled(
         **settings,
     }
     model, ids = str(config.student.model), [prompt.id for prompt in prompts]
-    with Journal.open(folder.samples, model, identity, config.difficulty.samples, set(ids)) as journal:
+    samples = dict.fromkeys(ids, config.difficulty.samples)
+    with Journal.open(folder.samples, model, identity, samples, "difficulty.output") as journal:
         console.banner(config, folder.path, len(journal.done), len(prompts))
-        if len(journal.done) < len(prompts):
-            try:
-                _sample(config, folder, tokenizer, prompts, journal, console)
-            except BaseException:
-                console.kept(len(journal.done), len(prompts))
-                raise
+        sample_missing(_job(config, folder), prompts, tokenizer, journal, console)
         rows = [journal.done[name] for name in ids]
         console.judged(rows)
         write_pass_rates(
@@ -148,32 +138,22 @@ def _sampled(
         return read_pass_rates(folder.pass_rates)
 
 
-def _sample(
-    config: Config,
-    folder: Folder,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    journal: Journal,
-    console: DifficultyConsole,
-) -> None:
-    """Start or find the engine, and sample what is missing."""
-    server, key = config.rollout.server, "rollout.server.port"
-    urls = server_urls(server, "rollout", key)
-    adopt_orphans()
-    try:
-        roles, children = replica_roles(config, "rollout", server, config.student.model, urls), []
-        for role in roles:
-            log = folder.log(role.name)
-            log.parent.mkdir(exist_ok=True)
-            console.starting(log)
-            children.append(start(role.name, role.argv, role.environment, log))
-        for role, child in zip(roles, children, strict=True):
-            console.ready(role.name, await_ready(child, role.ready_url, config.engine.start_timeout_s))
-        asyncio.run(sample_all(config, prompts, tokenizer, urls, children, journal, console))
-    finally:
-        ignore_signals()  # the clean-up is not interrupted
-        console.stopping()
-        stop_all()
+def _job(config: Config, folder: Folder) -> Job:
+    options = config.difficulty
+    draw = Draw(options.samples, config.rollout.max_new_tokens, options.temperature, options.top_p, options.top_k)
+    return Job(
+        model=config.student.model,
+        shown=str(config.student.model),
+        engine=config.engine,
+        server=config.rollout.server,
+        server_key="rollout.server",
+        logs=folder.path / "logs",
+        verifiers=config.verifiers,
+        draws=dict.fromkeys(config.teachers, draw),
+        attempts=config.scoring.attempts,
+        concurrency=options.concurrency,
+        seed=config.seed,
+    )
 
 
 def _weigh(config: Config, folder: Folder, rates: PassRates) -> list[DomainWeights]:

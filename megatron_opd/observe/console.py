@@ -169,7 +169,9 @@ class RunConsole(ProgressConsole):
                 case "evaluating":
                     self._say(f"evaluating {event['when']} training on {event['prompts']} held-out prompts")
                 case "evaluated":
-                    self._say(f"accuracy {event['when']}: {_shares(event['accuracy'])}")
+                    self._say(f"accuracy {_moment(event)}: {_shares(event['accuracy'])}")
+                case "evaluation_skipped":
+                    self._warn(f"no evaluation after step {event['step']}: the one before still goes on")
                 case "dropped":
                     self._warn(f"step {event['step']}: dropped rollouts: {'; '.join(event['reasons'])}")
                 case "pausing":
@@ -229,6 +231,14 @@ def _checkpoint_line(event: dict) -> str:
         f"checkpoint of step {event['step']}: {event['bytes'] / 1e6:.1f} MB in {event['seconds']:.1f} s, "
         f"of which training waited {event['waited_s']:.1f} s"
     )
+
+
+def _moment(event: dict) -> str:
+    """When, and in training with which weights: newer ones may have taken over meanwhile."""
+    if event["when"] != "during":
+        return event["when"]
+    oldest, newest = event["weights"]
+    return f"after step {event['step']}" + (f", weights {oldest} to {newest}" if oldest < newest else "")
 
 
 def _shares(accuracy: dict[str, float | None]) -> str:

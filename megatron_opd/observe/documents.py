@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_opd.observe.metrics import metrics_table
-from megatron_opd.observe.reference import config_tables
+from megatron_opd.observe.reference import config_tables, evaluation_table
 
 BEGIN, END = "<!-- made by tools/make_docs.py: begin -->", "<!-- made by tools/make_docs.py: end -->"
 CONFIGURATION = """# Configuration
@@ -24,10 +24,12 @@ is given. `(required)`: there is no default.
 
 def generated(docs: Path) -> dict[Path, str]:
     """What each of these files in ``docs`` must hold; text outside the marks stays."""
-    operations = docs / "operations.md"
-    head, _, rest = operations.read_text().partition(BEGIN)
+    tables = {docs / "operations.md": metrics_table(), docs / "evaluation.md": evaluation_table()}
+    whole = {docs / "configuration.md": CONFIGURATION + config_tables() + "\n"}
+    return whole | {path: _between_marks(path.read_text(), table) for path, table in tables.items()}
+
+
+def _between_marks(text: str, table: str) -> str:
+    head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return {
-        docs / "configuration.md": CONFIGURATION + config_tables() + "\n",
-        operations: f"{head}{BEGIN}\n\n{metrics_table()}\n\n{END}{tail}",
-    }
+    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"

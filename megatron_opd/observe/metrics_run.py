@@ -195,6 +195,12 @@ TEXTS: dict[str, tuple[str, str, str, str]] = {
         "the base line",
         "0 or 1: this domain's held-out prompts cannot show progress",
     ),
+    "eval/during": (
+        "The same every evaluation.every_steps steps; with rollout.max_staleness newer weights may draw a part of it",
+        "share",
+        "rises from eval/before; changes within two standard errors are chance",
+        "falls for several evaluations in a row: see reward/correct, rollout/length and the learning rate",
+    ),
     "eval/after": (
         "The same after training",
         "share",

@@ -43,10 +43,19 @@ class Recorder:
         self._pass_on(step, metrics)
 
     def evaluated(
-        self, step: int, when: str, accuracy: dict[str, float | None], standard_error: dict[str, float | None]
+        self,
+        step: int,
+        when: str,
+        accuracy: dict[str, float | None],
+        standard_error: dict[str, float | None],
+        weights: tuple[int, int],
     ) -> None:
-        """Accuracy by domain after ``step`` steps; when: "before", "after", or "teacher <domain>"."""
-        self.event("evaluated", when=when, accuracy=accuracy, standard_error=standard_error)
+        """Accuracy by domain after ``step`` steps; when: "before", "during", "after", or "teacher <domain>".
+
+        weights: oldest and newest version that drew a token; -1 of a server that was never refreshed.
+        """
+        facts = {"accuracy": accuracy, "standard_error": standard_error, "weights": weights}
+        self.event("evaluated", when=when, step=step, **facts)
         known = {domain: value for domain, value in accuracy.items() if value is not None}
         self._pass_on(step, {f"eval/{when.split()[0]}/{domain}": value for domain, value in known.items()})
 

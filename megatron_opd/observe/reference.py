@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, EvaluationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Key:
     meaning: str
 
 
-def config_keys() -> Iterator[Key]:
+def config_keys(schema: type[BaseModel] = Config) -> Iterator[Key]:
     """Every key in the order of the schema."""
-    yield from _keys(Config, "")
+    yield from _keys(schema, "")
 
 
 def config_reference() -> str:
@@ -47,6 +47,15 @@ def config_tables() -> str:
         lines += [f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.meaning)} |" for key in keys]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def evaluation_table() -> str:
+    """The keys of ``megatron-opd eval`` as one Markdown table; sections that a run has too are not repeated."""
+    shared = ("engine.", "server.", "verifiers.", "benchmarks.<name>.columns.")
+    keys = [key for key in config_keys(EvaluationConfig) if not key.name.startswith(shared)]
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.meaning)} |" for key in keys]
+    return "\n".join(lines)
 
 
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[Key]:

@@ -127,7 +127,7 @@ class RunDirectory:
                     fix="choose another name=..., existing=archive to move the old one aside, "
                     "or existing=resume to go on where it stopped",
                 )
-            path.rename(_aside(path))
+            path.rename(free_name_beside(path))
         run = cls(path)
         path.mkdir(parents=True)
         run.start(config, endpoints, 0)
@@ -218,7 +218,7 @@ def _try_to_lock(file: TextIO) -> bool:
     return True
 
 
-def _aside(path: Path) -> Path:
+def free_name_beside(path: Path) -> Path:
     """A free name beside ``path``: its time of last change, and a number when that is taken."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
     target, count = path.with_name(f"{path.name}.{stamp}"), 1

@@ -35,7 +35,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
         return  # what follows reads the models
     yield from size_mistakes(config, read_hf_config(config.student.model))
     for key, model in models.items():
-        yield from attempt(lambda k=key, m=model: check_context(k, m, config))
+        yield from attempt(lambda k=key, m=model: check_context(k, m, longest_of(config)))
         yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
     for key, teacher in frozen.items():
         yield from attempt(lambda t=teacher: same_tokenizer(config.student.model, t.model))
@@ -87,16 +87,23 @@ def check_model(key: str, model: Path) -> None:
         raise ModelError("The checkpoint has no weights", where=key, got=model.absolute(), expected="*.safetensors")
 
 
-def check_context(key: str, model: Path, config: Config) -> None:
-    """Raise ConfigError when the longest prompt and response do not fit into the context of ``model``."""
+def longest_of(config: Config) -> dict[str, int]:
+    """Most tokens of prompt and response, by key."""
+    return {
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+    }
+
+
+def check_context(key: str, model: Path, longest: dict[str, int]) -> None:
+    """Raise ConfigError when the ``longest`` prompt and response do not fit into the context of ``model``."""
     context = read_hf_config(model).get("max_position_embeddings")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if context is not None and longest > context:
+    total = sum(longest.values())
+    if context is not None and total > context:
         raise ConfigError(
             "Prompt and response may be longer than the model's context",
             where=key,
-            got=f"data.max_prompt_tokens {config.data.max_prompt_tokens} + "
-            f"rollout.max_new_tokens {config.rollout.max_new_tokens} = {longest}",
+            got=f"{' + '.join(f'{name} {tokens}' for name, tokens in longest.items())} = {total}",
             expected=f"at most {context}",
             fix="lower one of the two",
         )

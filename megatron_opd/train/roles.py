@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_opd.config import Config, ServerConfig
+from megatron_opd.config import Config, EngineConfig, ServerConfig
 from megatron_opd.engines.command import server_argv, server_environment
 from megatron_opd.engines.connect import CLIENTS
 from megatron_opd.engines.vllm_command import vllm_argv, vllm_environment
@@ -72,34 +72,45 @@ def server_roles(config: Config, endpoints: Endpoints) -> list[Role]:
     ]
     if config.reference:
         wanted += [("reference", config.reference.server, config.reference.model, endpoints.reference)]
-    return [role for name, server, model, urls in wanted for role in replica_roles(config, name, server, model, urls)]
+    engine, seed, top_k = config.engine, config.seed, config.scoring.top_k
+    return [
+        role
+        for name, server, model, urls in wanted
+        for role in replica_roles(engine, seed, top_k, name, server, model, urls)
+    ]
 
 
-def replica_roles(config: Config, name: str, server: ServerConfig, model: Path, urls: Sequence[str]) -> list[Role]:
-    """The servers of one model that are to be started: ``name``, or ``name-0``, ``name-1``, ... of several."""
+def replica_roles(
+    engine: EngineConfig, seed: int, top_k: int, name: str, server: ServerConfig, model: Path, urls: Sequence[str]
+) -> list[Role]:
+    """The servers of one model that are to be started: ``name``, or ``name-0``, ``name-1``, ... of several.
+
+    seed: of a server's own draws; top_k: most likely tokens that it may be asked for at each position.
+    """
     if server.urls:
         return []
     return [
         Role(
             replica,
-            _argv(config, server, model, url),
-            _environment(config, server, number),
+            _argv(engine, seed, top_k, server, model, url, frozen=name != "rollout"),  # whose weights change
+            _environment(engine, server, number),
             f"{url}{CLIENTS[server.engine].ready_path}",
         )
         for number, (replica, url) in enumerate(zip(replica_names(name, server), urls, strict=True))
     ]
 
 
-def _argv(config: Config, server: ServerConfig, model: Path, url: str) -> list[str]:
+def _argv(
+    engine: EngineConfig, seed: int, top_k: int, server: ServerConfig, model: Path, url: str, *, frozen: bool
+) -> list[str]:
     if server.engine == "vllm":
-        return vllm_argv(config.engine, server, model, url, config.seed, config.scoring.top_k)
-    frozen = server is not config.rollout.server
-    return server_argv(config.engine, server, model, url, config.seed, frozen=frozen)
+        return vllm_argv(engine, server, model, url, seed, top_k)
+    return server_argv(engine, server, model, url, seed, frozen=frozen)
 
 
-def _environment(config: Config, server: ServerConfig, replica: int) -> dict[str, str]:
+def _environment(engine: EngineConfig, server: ServerConfig, replica: int) -> dict[str, str]:
     environment = vllm_environment if server.engine == "vllm" else server_environment
-    return environment(config.engine, server, replica)
+    return environment(engine, server, replica)
 
 
 def ranks_argv(

@@ -8,7 +8,7 @@ from megatron_opd.audit import formats
 from megatron_opd.audit.charts import BOTTOM, HEIGHT, WIDE, Frame, nice_ticks
 from megatron_opd.view.history import Accuracy
 
-MOMENTS = (("before", "ou"), ("after", "o1"), ("teacher", "d0"))
+MOMENTS = (("before", "ou"), ("during", "d1"), ("after", "o1"), ("teacher", "d0"))
 PER_DOMAIN = 130.0  # width of a domain's bars
 
 

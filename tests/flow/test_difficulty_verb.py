@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_goes_on_and_its_file_is_trained_on(
     assert rows[: len(kept_then)] == kept_then
     ids = [f"prompts.jsonl:{number}" for number in range(1, PROMPTS + 1)]
     assert sorted(row["id"] for row in rows) == sorted(ids)
-    assert all(len(row["outcomes"]) == SAMPLES and row["tokens"] >= SAMPLES for row in rows)
+    assert all(len(row["outcomes"]) == SAMPLES and sum(row["lengths"]) >= SAMPLES for row in rows)
     check_files(resumed.folder, prompts, {row["id"]: row["outcomes"] for row in rows})
 
     again = run_difficulty("difficulty.max_repeats=1")

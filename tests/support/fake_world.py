@@ -55,7 +55,9 @@ class SlowEngine:
         self.version_of: Callable[[Prompt, int], int] = lambda prompt, live: live
         self.asked: list[str] = []
 
-    async def sample_group(self, prompt: Prompt, group: int, samples: int, max_new_tokens: int) -> list[Rollout]:
+    async def sample_group(
+        self, prompt: Prompt, group: int, samples: int, max_new_tokens: int, **_: object
+    ) -> list[Rollout]:
         self.asked.append(prompt.id)
         seen: list[int] = []
         await self.server.serve(lambda: seen.append(self.version_of(prompt, self.version)))
@@ -129,7 +131,9 @@ class Times:
 class FakeWorld:
     """One run in ``folder``. Make and drive it inside one event loop; ``resume_from`` is a step that was saved."""
 
-    def __init__(self, folder: Path, times: Times, *overrides: str, prompts: int = 1000, resume_from: int = 0) -> None:
+    def __init__(
+        self, folder: Path, times: Times, *overrides: str, prompts: int = 1000, held_out: int = 0, resume_from: int = 0
+    ) -> None:
         self.config = _config(folder, *overrides)
         rollout = self.config.rollout
         groups = rollout.prompts_per_step
@@ -154,7 +158,7 @@ class FakeWorld:
             teacher_samplers={},
             attention_length=1000.0,
             stream=stream,
-            held_out=[],
+            held_out=[Prompt(f"p{prompts + i}", "math", "?", (5, 6), "1") for i in range(held_out)],
             board=self.board,
             recorder=Recorder(self.run.events, self.run.metrics),
             activity=Activity(self.run.activity),

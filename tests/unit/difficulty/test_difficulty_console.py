@@ -16,11 +16,11 @@ from megatron_opd.config import DifficultyConfig, load_config
 from megatron_opd.data.pass_rates import PassRates
 from megatron_opd.difficulty.command import Folder, _next_command
 from megatron_opd.difficulty.console import DifficultyConsole
-from megatron_opd.difficulty.journal import Sampled
-from megatron_opd.difficulty.sampling import _all_or_first_failure, _until_death
 from megatron_opd.difficulty.weighing import weigh
 from megatron_opd.errors import ProcessError
 from megatron_opd.runtime.process import start
+from megatron_opd.sampling.ask import _all_or_first_failure, _until_death
+from megatron_opd.sampling.journal import Sampled
 
 TOY = Path(__file__).resolve().parents[3] / "conf" / "toy.yaml"
 
@@ -39,7 +39,12 @@ def show(folder: Path, done: int, *, terminal: bool = False) -> str:
             console.sampling(done, 40)
             for _ in range(40 - done):
                 console.sampled()
-        console.judged([Sampled("a", [1, 0], 7, 1, -1), Sampled("b", [0, -1], 5, 0, -1, ["timed out after 5 s"])])
+        console.judged(
+            [
+                Sampled("a", [1, 0], [4, 3], [0, 1], -1),
+                Sampled("b", [0, -1], [2, 3], [0, 0], -1, ["timed out after 5 s"]),
+            ]
+        )
         console.weighed(weigh(rates, options, 0)[1])
         console.result([("pass rates", folder / "pass_rates.parquet")], "megatron-opd train")
     return output.getvalue()

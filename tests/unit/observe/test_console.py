@@ -53,7 +53,9 @@ def show(tmp_path: Path, *, terminal: bool, width: int = 200) -> str:
     output = io.StringIO()
     recorder = Recorder(tmp_path / "events.jsonl", tmp_path / "metrics.jsonl")
     recorder.event("evaluating", when="before", prompts=4)
-    recorder.evaluated(0, "before", {"math": 0.25, "code": None}, {"math": 0.03, "code": None})
+    recorder.evaluated(0, "before", {"math": 0.25, "code": None}, {"math": 0.03, "code": None}, (0, 0))
+    recorder.evaluated(2, "during", {"math": 0.5}, {"math": 0.1}, (2, 3))
+    recorder.event("evaluation_skipped", step=3)
     recorder.step(1, METRICS | {"other": 1.0})
     recorder.event("sink_left", sink="wandb", reason="no [answer]")
     with RunConsole(Console(file=output, force_terminal=terminal, width=width, soft_wrap=True)) as console:
@@ -70,6 +72,8 @@ def test_a_log_gets_plain_lines_once_each(tmp_path: Path) -> None:
     text = show(tmp_path, terminal=False)
     assert "\x1b" not in text and text.count("step 1/2 | loss -0.0100 | gap -0.300 | correct  50% | kept 100%") == 1
     assert "accuracy before: math 25.0 %  code not graded" in text
+    assert "accuracy after step 2, weights 2 to 3: math 50.0 %" in text
+    assert "warning: no evaluation after step 3: the one before still goes on" in text
     assert "warning: wandb gets no more numbers: no [answer]" in text
     assert "[run]" in text and "error: It [failed]\n  got:      3" in text  # not taken for markup
     assert "report    megatron-opd view" in text.split("error:")[1]

@@ -36,8 +36,9 @@ def tell(config: Config, steps: list[Step]) -> None:
     recorder, rng = Recorder(run.events, run.metrics), np.random.default_rng(3)
     recorder.event("live", version=0, probe_difference=1e-6, info=INFO.model_dump())
     errors = {"math": 0.031, "code": 0.028}
-    recorder.evaluated(0, "before", {"math": 0.25, "code": 0.375}, errors)
-    recorder.evaluated(0, "teacher math", {"math": 0.94}, {"math": 0.012})
+    recorder.evaluated(0, "before", {"math": 0.25, "code": 0.375}, errors, (0, 0))
+    recorder.evaluated(0, "teacher math", {"math": 0.94}, {"math": 0.012}, (-1, -1))
+    recorder.evaluated(1, "during", {"math": 0.5}, {"math": 0.1}, (1, 2))
     for number, step in enumerate(steps, 1):
         metrics = step_diagnostics(step.calibrated, step.unscored, [item for item, _ in step.dropped])
         record_timeline(

@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.config import load_config
-from megatron_opd.difficulty.identity import model_digest, settings_of
-from megatron_opd.difficulty.journal import Journal, Sampled
+from megatron_opd.difficulty.identity import settings_of
 from megatron_opd.errors import ConfigError, DataError, EngineError
+from megatron_opd.sampling.identity import model_digest
+from megatron_opd.sampling.journal import Journal, Sampled
 
 TOY = Path(__file__).resolve().parents[3] / "conf" / "toy.yaml"
 IDENTITY = {"student.model": "sha256 ab", "difficulty.samples": 3, "difficulty.top_k": None}
-IDS = {"a", "b", "c"}
-A = Sampled("a", [1, 0, -1], tokens=12, cut=1, weights=-1, unknown=["timed out after 5 s"])
-B = Sampled("b", [1, 1, 1], tokens=9, cut=0, weights=-1)
+SAMPLES = {"a": 3, "b": 3, "c": 3}
+A = Sampled("a", [1, 0, -1], [5, 3, 4], cut=[0, 1, 0], weights=-1, unknown=["timed out after 5 s"])
+B = Sampled("b", [1, 1, 1], [3, 3, 3], cut=[0, 0, 0], weights=-1, texts=["2", "2", "2"])
 
 
 def begin(folder: Path, **changes: object) -> Journal:
-    return Journal.open(folder / "out" / "samples.jsonl", "models/4b", IDENTITY | changes, 3, IDS)
+    return Journal.open(folder / "out" / "samples.jsonl", "models/4b", IDENTITY | changes, SAMPLES, "difficulty.output")
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_a_line_is_in_the_file_when_add_returns(tmp_path: Path) -> None:
     with begin(tmp_path) as journal:
         journal.add(A, "http://here")
         header, line = (json.loads(line) for line in journal.path.read_text().splitlines())
-    assert header == {"journal": 1, "model": "models/4b", "identity": IDENTITY}
+    assert header == {"journal": 2, "model": "models/4b", "identity": IDENTITY}
     assert (line["id"], line["outcomes"], line["unknown"]) == ("a", [1, 0, -1], ["timed out after 5 s"])
 
 
@@ -48,7 +49,7 @@ def test_unknown_outcomes_are_neither_passes_nor_failures() -> None:
 def test_a_second_run_goes_on(path: Path, tmp_path: Path) -> None:
     with begin(tmp_path) as journal:
         assert journal.done == {"a": A, "b": B} and journal.weights == -1
-        journal.add(Sampled("c", [0, 0, 0], 3, 0, -1), "http://here")
+        journal.add(Sampled("c", [0, 0, 0], [1, 1, 1], [0, 0, 0], -1), "http://here")
     with begin(tmp_path) as journal:
         assert list(journal.done) == ["a", "b", "c"]
 
@@ -78,11 +79,13 @@ def test_a_prompt_that_is_there_twice_is_an_error_that_names_both_lines(path: Pa
         "{",
         "[]",
         "{}",
-        '{"id": "c", "outcomes": [1, 0], "tokens": 1, "cut": 0, "weights": -1}',
-        '{"id": "c", "outcomes": [1, 0, 2], "tokens": 1, "cut": 0, "weights": -1}',
-        '{"id": "d", "outcomes": [1, 0, 0], "tokens": 1, "cut": 0, "weights": -1}',
+        '{"id": "c", "outcomes": [1, 0], "lengths": [1, 1], "cut": [0, 0], "weights": -1}',
+        '{"id": "c", "outcomes": [1, 0, 2], "lengths": [1, 1, 1], "cut": [0, 0, 0], "weights": -1}',
+        '{"id": "c", "outcomes": [1, 0, 0], "lengths": [1, 1], "cut": [0, 0, 0], "weights": -1}',
+        '{"id": "c", "outcomes": [1, 0, 0], "lengths": [1, 1, 1], "cut": [0, 0, 0], "weights": -1, "texts": ["x"]}',
+        '{"id": "d", "outcomes": [1, 0, 0], "lengths": [1, 1, 1], "cut": [0, 0, 0], "weights": -1}',
     ],
-    ids=["no JSON", "no object", "nothing", "too few", "no outcome", "unknown prompt"],
+    ids=["no JSON", "no object", "nothing", "too few", "no outcome", "a length missing", "texts missing", "unknown"],
 )
 def test_a_line_that_cannot_be_used_is_named(path: Path, tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text() + line + "\n")
@@ -123,7 +126,7 @@ def test_the_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_samples_of_other_weights_are_not_mixed_in(path: Path, tmp_path: Path) -> None:
     with begin(tmp_path) as journal:
         with pytest.raises(EngineError, match=r"http://there, prompt c(.|\n)*version 7(.|\n)*version -1"):
-            journal.add(Sampled("c", [0, 0, 0], 3, 0, weights=7), "http://there")
+            journal.add(Sampled("c", [0, 0, 0], [1, 1, 1], [0, 0, 0], weights=7), "http://there")
         assert list(journal.done) == ["a", "b"]
     assert path.read_bytes().count(b"\n") == 3
 
