@@ -80,16 +80,16 @@ def _read(path: Path, overrides: list[str]) -> tuple[Config | None, Finding]:
 
 
 def checks(config: Config | None) -> Iterator[Check]:
-    """All of them, in the order of the table; without a config those that need one only say so."""
+    """All of them, in the order of the table; without a config those that do not need one."""
     yield Check("python", 10, check_python)
     yield Check("packages", 60, check_packages)
     for name, (limit_s, work) in MACHINE.items():
         yield Check(name, limit_s, partial(work, config))
+    if config is None:
+        yield Check("others", 10, lambda: [skipped("others", f"no config for {', '.join(CONFIG)}")])
+        return
     for name, (limit_s, work) in CONFIG.items():
-        if config is None:
-            yield Check(name, 10, lambda n=name: [skipped(n, "the config cannot be read")])
-        else:
-            yield Check(name, limit_s, partial(work, config))
+        yield Check(name, limit_s, partial(work, config))
 
 
 def _run(wanted: Iterable[Check], console: Console) -> Iterator[Finding]:

@@ -70,7 +70,7 @@ def check_gpus(config: Config | None) -> Iterator[Finding]:
             fix = "in a container: docker run --gpus all; else install the driver, or set the device to cpu"
             yield failed("GPUs", "no NVIDIA GPU here", "student.device or engine.device is cuda", fix)
         else:
-            yield skipped("GPUs", "no NVIDIA GPU here: everything would run on the CPU")
+            yield skipped("GPUs", "none here: everything runs on the CPU")
         return
     if shutil.which("nvidia-smi") is None:
         yield warning("GPUs", "a driver, but no nvidia-smi to ask", "nvidia-smi", "install the driver's tools")

@@ -54,7 +54,7 @@ def check_packages() -> Iterator[Finding]:
     if other:
         yield warning("packages", f"other versions: {_some(other)}", needed, fix)
     if not missing and not other:
-        yield ok("packages", f"{len(pins)} as tested", needed)
+        yield ok("packages", f"{len(pins)} as in {needed}")
 
 
 def _installed(name: str) -> str | None:
@@ -82,14 +82,15 @@ def check_torch(config: Config | None) -> Iterator[Finding]:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    found = f"torch {torch.__version__}, built for {build}"
+    found = f"{torch.__version__}, built for {build}"
     device = resolve_device(config.student.device if config else "auto")
     if device == "cpu":
-        yield ok("torch", f"{found}; the student runs on the CPU")
+        yield ok("torch", f"{found}; the student runs on a CPU")
     elif torch.cuda.is_available():
         yield ok("torch", f"{found}, sees {torch.cuda.device_count()} GPUs", "a GPU")
     else:
-        fix = "install a driver for this CUDA or a torch for an older one; in a container: docker run --gpus all"
+        fix = "install a driver for this CUDA, or a torch for an older one; in a container: docker run --gpus all"
+        fix = fix if torch.version.cuda else "install a torch that is built for CUDA"
         yield failed("torch", f"{found}, but it cannot use a GPU", "a GPU, or student.device=cpu", fix)
     if config and config.student.backend == "transformer_engine" and find_spec("transformer_engine") is None:
         fix = "install it (Dockerfile shows how), or set student.backend=auto"
@@ -103,21 +104,17 @@ def check_shared_memory(config: Config) -> Iterator[Finding]:
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
     found = f"{size(usage.free)} free of {size(usage.total)}"
-    needed, why = 0, ""
-    if config.refresh.mode == "tensor":
-        needed, why = (
-            int(refresh_bytes(config, read_shape(config.student.model, "student.model"))),
-            "refresh.mode=tensor",
-        )
+    buffered = config.refresh.mode == "tensor"
+    needed = refresh_bytes(config, read_shape(config.student.model, "student.model")) if buffered else 0
     if usage.free < needed:
         fix = "docker run --shm-size=16g, or lower refresh.bucket_mb"
-        yield failed("shared memory", found, f"{size(needed)} for {why}", fix)
+        yield failed("shared memory", found, f"{size(needed)} for refresh.mode=tensor", fix)
     elif resolve_device(config.student.device) == "cuda" and usage.free < SHARED_FOR_GPUS:
         yield warning(
             "shared memory", found, f"{size(SHARED_FOR_GPUS)} for NCCL", "docker run --ipc=host --shm-size=16g"
         )
     else:
-        yield ok("shared memory", found, f"{size(needed)} for {why}" if needed else "")
+        yield ok("shared memory", found, f"{size(needed)}" if needed else "")
 
 
 def processors() -> int:

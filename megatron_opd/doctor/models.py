@@ -37,10 +37,9 @@ def check_sizes(config: Config) -> Iterator[Finding]:
     student = config.student
     sizes = {"TP": student.tensor_parallel, "PP": student.pipeline_parallel, "CP": student.context_parallel}
     sizes["DP"] = student.data_parallel
-    told = " x ".join(f"{name} {count}" for name, count in sizes.items() if count > 1) or "one rank"
-    found = f"{told}; the model can be split so" if student.ranks > 1 else told
+    told = " x ".join(f"{name} {count}" for name, count in sizes.items() if count > 1) or "a single rank"
     mistakes = [*size_mistakes(config, read_hf_config(student.model)), *fit_mistakes(config)]
-    yield from by_errors("sizes", mistakes, ok("sizes", found, f"{student.ranks} ranks"))
+    yield from by_errors("sizes", mistakes, ok("sizes", f"the model fits {told}, its context the longest sequence"))
 
 
 def check_tokenizers(config: Config) -> Iterator[Finding]:
@@ -72,7 +71,7 @@ def _told(prompts: list[Prompt]) -> str:
     first = prompts[0]
     text = " ".join(first.text.split())
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-    return f"{len(prompts):,} records; the first is {first.domain}, {len(first.token_ids)} tokens: {shown}"
+    return f"{len(prompts):,} records; first: {first.domain}, {len(first.token_ids)} tokens, {shown!r}"
 
 
 def _missing(config: Config) -> bool:

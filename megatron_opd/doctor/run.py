@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from megatron_opd.doctor.finding import Check, Finding, by_error, failed
-from megatron_opd.errors import OpdError
+from megatron_opd.errors import OpdError, ProcessError
 from megatron_opd.runtime.process import adopt_orphans, die_with_parent, stop_all
 from megatron_opd.runtime.supervision import StoppedBySignal, ignore_signals, signals_raise
 
@@ -36,8 +36,7 @@ def run_check(check: Check) -> list[Finding]:
             return receiver.recv()
         except EOFError:
             process.join(GRACE_S)
-            said = Path(log.name).read_text(errors="replace").strip().splitlines()[-1:]
-            return [failed(check.name, f"the check died ({_how(process)}): {''.join(said) or 'it said nothing'}")]
+            return [failed(check.name, f"the check died ({_how(process)}): {_last_line(log.name)}")]
         finally:
             receiver.close()
             _end(process, told)
@@ -52,7 +51,7 @@ def _work(check: Check, sender: Connection, log: str) -> None:
     os.dup2(output, 2)
     try:
         with signals_raise():
-            sender.send(_found(check))
+            sender.send(_found(check, log))
     except StoppedBySignal:
         pass  # the parent wants no result any more
     finally:
@@ -60,13 +59,20 @@ def _work(check: Check, sender: Connection, log: str) -> None:
         stop_all(grace_s=1.0)
 
 
-def _found(check: Check) -> list[Finding]:
+def _found(check: Check, log: str) -> list[Finding]:
     try:
         return list(check.work())
+    except ProcessError as error:  # of a process that may have said more, to the output that it shares with this one
+        return [failed(check.name, f"{error.what}: {error.got}; {_last_line(log)}", fix=error.fix or "")]
     except OpdError as error:
         return [by_error(check.name, error)]
     except Exception as error:  # noqa: BLE001 - a check that breaks is told like any other failure, and the next one runs
         return [failed(check.name, f"{type(error).__name__}: {error}")]
+
+
+def _last_line(log: str) -> str:
+    lines = Path(log).read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def _how(process: BaseProcess) -> str:
@@ -75,7 +81,7 @@ def _how(process: BaseProcess) -> str:
 
 
 def _end(process: BaseProcess, told: bool) -> None:
-    """A check that has told its findings ends by itself; another one is asked to, then it is killed with all it began."""
+    """A check that told its findings ends by itself, another is asked to; in the end all that it began is killed."""
     if not told:
         process.terminate()
     process.join(GRACE_S)

@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from megatron_opd.config import Config, ServerConfig, TeacherConfig
-from megatron_opd.doctor.finding import Finding, by_error, by_errors, failed, ok, skipped, warning
+from megatron_opd.doctor.finding import Finding, by_error, failed, ok, skipped, warning
 from megatron_opd.doctor.machine import REQUIREMENTS, read_pins
 from megatron_opd.engines.command import check_engine_python, server_argv, server_environment
 from megatron_opd.engines.connect import new_client
 from megatron_opd.engines.vllm_command import check_vllm_python, vllm_argv, vllm_environment
-from megatron_opd.errors import OpdError
+from megatron_opd.errors import EngineError, OpdError
 from megatron_opd.runtime.env import environment
 from megatron_opd.runtime.slurm import in_allocation
 from megatron_opd.teachers.handshake import shake_hands
@@ -43,7 +43,7 @@ def check_engines(config: Config) -> Iterator[Finding]:
     yield from mistakes
     started = {server.engine: server for server in servers_of(config).values() if not server.urls}
     if not started:
-        yield skipped("engines", "the run starts no server: all are attached to")
+        yield skipped("engines", "all servers run already (urls)")
     for engine, server in sorted(started.items()):
         check, python = {
             "sglang": (check_engine_python, config.engine.python),
@@ -66,11 +66,11 @@ def _try_engine(config: Config, engine: str, server: ServerConfig, python: Path)
         variables = server_environment(config.engine, server)
     done = subprocess.run([*argv, "--help"], env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        fix = "make install" if engine == "sglang" else "make .venv-vllm"
-        return failed(
-            "engines", f"{python} cannot start {engine}: {said}", "an environment with it", f"{fix}, or name one"
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        fix = (
+            "make install, or set engine.python" if engine == "sglang" else "make .venv-vllm, or set engine.vllm_python"
         )
+        return failed("engines", f"{python} cannot start {engine}: {said}", f"an environment with {engine}", fix)
     return _version_finding(engine, python)
 
 
@@ -89,12 +89,11 @@ def _version_finding(engine: str, python: Path) -> Finding:
 def check_handshakes(config: Config) -> Iterator[Finding]:
     """Every server that is attached to: who it is, and that it scores a sequence the same cold, warm and in parts."""
     # The student's engines are asked the same: at its start a run loads the student's weights into them anyway.
-    frozen = {"rollout": TeacherConfig(model=config.student.model, server=config.rollout.server)} | frozen_models(
-        config
-    )
-    attached = {role: model for role, model in frozen.items() if model.server.urls}
+    models = {"rollout": TeacherConfig(model=config.student.model, server=config.rollout.server)}
+    models |= frozen_models(config)
+    attached = {role: model for role, model in models.items() if model.server.urls}
     if not attached:
-        yield skipped("handshakes", "no server is attached to: the run starts all, and checks them then")
+        yield skipped("handshakes", "no urls: the run starts its servers, and checks them then")
         return
     for role, model in attached.items():
         if attempt(lambda r=role, m=model: check_model(f"{r}.model", m.model)):
@@ -102,12 +101,12 @@ def check_handshakes(config: Config) -> Iterator[Finding]:
             continue
         good = ok("handshakes", f"{role}: {', '.join(model.server.urls)}")
         try:
-            yield from by_errors("handshakes", asyncio.run(_shake(config, role, model)), good)
+            yield from asyncio.run(_shake(config, role, model)) or [good]
         except OpdError as error:
             yield by_error("handshakes", error)
 
 
-async def _shake(config: Config, role: str, model: TeacherConfig) -> list[OpdError]:
+async def _shake(config: Config, role: str, model: TeacherConfig) -> list[Finding]:
     """What is wrong with the servers of one model."""
     async with AsyncExitStack() as stack:
         clients = [new_client(config.engine, model.server, url) for url in model.server.urls]
@@ -115,7 +114,13 @@ async def _shake(config: Config, role: str, model: TeacherConfig) -> list[OpdErr
             stack.push_async_callback(client.close)
         waits = [client.wait_until_ready(ANSWER_LIMIT_S) for client in clients]
         found = await asyncio.gather(*waits, return_exceptions=True)
-        silent = [error for error in found if isinstance(error, OpdError)]
+        silent = [_silence(role, error) for error in found if isinstance(error, EngineError)]
         ready = [client for client, error in zip(clients, found, strict=True) if error is None]
         _, mistakes = await shake_hands(expected_of(config, role, model), ready)
-        return silent + mistakes
+        return silent + [by_error("handshakes", mistake) for mistake in mistakes]
+
+
+def _silence(role: str, error: EngineError) -> Finding:
+    key = "rollout.server" if role == "rollout" else f"{role}.server"
+    fix = f"set {key}.api_key_env" if error.kind == "denied" else f"start the server, or correct {key}.urls"
+    return failed("handshakes", f"{error.where} does not answer: {error.got}", f"a server of {role}", fix)

@@ -21,6 +21,8 @@ from megatron_opd.runtime.slurm import in_allocation
 from megatron_opd.train.cluster import demands, find_cluster, servers_of
 from megatron_opd.train.preflight import attempt
 
+CROWDED = 4  # busy threads per processor
+
 
 def check_batch(config: Config) -> Iterator[Finding]:
     """Rollouts of a step, and how they fill the copies of the student and their rows."""
@@ -51,8 +53,8 @@ def check_placement(config: Config) -> Iterator[Finding]:
         return
     wanted = sum(demand.units for demand in demands(config, on_gpus=False))
     found = f"one machine, {processors()} processors"
-    needed = f"{wanted} busy processes or threads"
-    if resolve_device(config.student.device) == "cpu" and wanted > 2 * processors():
+    needed = f"{wanted} busy threads"
+    if resolve_device(config.student.device) == "cpu" and wanted > CROWDED * processors():
         yield warning("placement", found, needed, "it works, slowly: lower parallel sizes, or take a larger machine")
     else:
         yield ok("placement", found, needed)
@@ -120,6 +122,9 @@ def kept_checkpoints(config: Config) -> int:
 
 def check_disk(config: Config) -> Iterator[Finding]:
     """Room for checkpoints, the export, and weights on their way by files."""
+    if not (config.student.model / "config.json").is_file():
+        yield skipped("disk", "student.model is missing, which tells the size of a checkpoint")
+        return
     shape = read_shape(config.student.model, "student.model")
     count, each = kept_checkpoints(config), checkpoint_bytes(config, shape)
     weights = shape.params * VALUE_BYTES[config.student.dtype]
@@ -150,7 +155,7 @@ def check_sink_modes(config: Config) -> Iterator[Finding]:
     """TensorBoard and wandb: installed, and whether wandb has a key."""
     wanted = [name for name in ("wandb", "tensorboard") if getattr(config.sinks, name)]
     if not wanted:
-        yield skipped("sinks", "sinks.wandb and sinks.tensorboard are off; metrics.jsonl has every number")
+        yield skipped("sinks", "all off; metrics.jsonl has every number")
         return
     check_sinks(config.sinks)
     mode = wandb_mode() if config.sinks.wandb else ""

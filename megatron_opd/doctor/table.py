@@ -16,7 +16,7 @@ from megatron_opd.doctor.finding import STATES, Finding
 
 WIDTH = 100  # where there is no terminal
 SHOWN = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
-LONGEST_CELL = 240  # characters; --json has the rest
+LONGEST_CELL = 300  # characters; --json has the rest
 
 
 def make_console() -> Console:
@@ -30,14 +30,11 @@ def show(findings: Sequence[Finding], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("check", no_wrap=True)
-    for column, ratio in (("found", 5), ("needed", 3), ("fix", 4)):
-        table.add_column(column, ratio=ratio, overflow="fold")
-    table.expand = True
+    table.add_column("found, needed, fix")
     last = None
     for finding in findings:
-        state = Text(finding.state, style=SHOWN[finding.state])
         name = "" if finding.check == last else finding.check
-        table.add_row(state, name, *(_cell(text) for text in (finding.found, finding.needed, finding.fix)))
+        table.add_row(Text(finding.state, style=SHOWN[finding.state]), name, _cell(finding))
         last = finding.check
     console.print(table)
     counts = Counter(finding.state for finding in findings)
@@ -54,6 +51,17 @@ def is_good(findings: Sequence[Finding]) -> bool:
     return not any(finding.state == "failed" for finding in findings)
 
 
-def _cell(text: str) -> Text:
+def _cell(finding: Finding) -> Text:
+    """Below each other, because four columns of sentences cannot be read; what is good needs a line only."""
+    if finding.state in ("ok", "skipped"):
+        return Text(_clip(finding.found + (f"; needed: {finding.needed}" if finding.needed else "")))
+    told = [Text(_clip(finding.found))]
+    for name, text in (("needed", finding.needed), ("fix", finding.fix)):
+        if text:
+            told.append(Text.assemble((f"{name}: ", "dim"), _clip(text)))
+    return Text("\n").join(told)
+
+
+def _clip(text: str) -> str:
     line = " ".join(text.split())
-    return Text(line if len(line) <= LONGEST_CELL else f"{line[:LONGEST_CELL]}... (--json shows all)")
+    return line if len(line) <= LONGEST_CELL else f"{line[:LONGEST_CELL]}... (--json shows all)"

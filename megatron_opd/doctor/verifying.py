@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from megatron_opd.config import Config, VerifierConfig
 from megatron_opd.doctor.finding import Finding, failed, ok, skipped, warning
+from megatron_opd.errors import ProcessError
 from megatron_opd.records import Outcome, Prompt
 from megatron_opd.verifiers import Verdict
 from megatron_opd.verifiers.pool import VerifierPool
@@ -40,7 +41,7 @@ def check_sandbox(config: Config | None) -> Iterator[Finding]:
     tried = probes()
     works = [probe.level for probe in tried if probe.works]
     reasons = "; ".join(f"{probe.level}: {probe.reason}" for probe in tried if not probe.works)
-    needed = f"verifiers.sandbox={wanted}"
+    needed = "" if wanted == "best" else f"verifiers.sandbox={wanted}"
     if wanted != "best" and wanted not in works:
         yield failed("sandbox", f"{wanted} does not work ({reasons})", needed, "set verifiers.sandbox=best")
     elif not works:
@@ -60,7 +61,10 @@ def _in_force(level: str, reasons: str, needed: str) -> Finding:
 def check_verifiers(config: Config) -> Iterator[Finding]:
     """A right and a wrong answer through each configured verifier, in the processes of a run."""
     kinds = _kinds(config)
-    found = asyncio.run(_verdicts(config.verifiers, [kind for kind in kinds if kind in CASES]))
+    try:
+        found = asyncio.run(_verdicts(config.verifiers, [kind for kind in kinds if kind in CASES]))
+    except ProcessError as error:  # its place is the command, which says nothing here, and its advice the output
+        raise ProcessError(error.what, got=error.got) from error
     for kind in kinds:
         if kind not in CASES:
             yield skipped("verifiers", f"{kind} judges nothing")
