@@ -33,6 +33,11 @@ def check_all_reduce(config: Config) -> Iterator[Finding]:
     if device == "cpu" and ranks > MOST_PER_PROCESSOR * processors():
         yield skipped(NAME, f"{ranks} ranks without a GPU are too many for {processors()} processors")
         return
+    import torch
+
+    if device == "cuda" and not torch.backends.cuda.is_built():
+        yield skipped(NAME, "this torch is not built for CUDA")
+        return
     wrong, seconds = sum_over(ranks, backend)
     here = f"{ranks} rank{'s' if ranks > 1 else ''}" + (
         f" of {config.student.ranks} (this node's)" if nodes > 1 else ""

