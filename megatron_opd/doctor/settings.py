@@ -96,11 +96,8 @@ def check_ports(config: Config) -> Iterator[Finding]:
     owners: dict[int, list[str]] = {}
     for key, port in ports:
         owners.setdefault(port, []).append(key)
-    bad = [
-        failed("ports", f"{port} twice", ", ".join(keys), "set another one")
-        for port, keys in owners.items()
-        if len(keys) > 1
-    ]
+    twice = [(port, ", ".join(keys)) for port, keys in owners.items() if len(keys) > 1]
+    bad = [failed("ports", f"{port}: {keys}", "a port for each", "change one of them") for port, keys in twice]
     hosts = {"coordinator.port": config.coordinator.host, "refresh.port": config.refresh.host}
     for key, port in ports:
         bad += [
