@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from clean_root import instructions
 
 from megatron_opd.config import Config, load_config
 from megatron_opd.engines.command import server_argv, server_environment
-
-sys.path.append(str(Path(__file__).resolve().parents[3] / "tools"))
-from clean_root import instructions
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
