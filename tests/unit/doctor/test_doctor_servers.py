@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.doctor import servers, verifying
+from megatron_opd.doctor.finding import ok
 from megatron_opd.doctor.servers import check_engines, check_handshakes
 from megatron_opd.doctor.verifying import CASES, check_sandbox, check_verifiers
 from megatron_opd.verifiers import VERIFIERS
@@ -18,9 +19,9 @@ from megatron_opd.verifiers.sandbox import Probe
 
 
 @pytest.fixture
-def engine() -> Iterator[tuple[str, dict[str, object]]]:
-    """URL of a server, and its answers by path; it denies every other path."""
-    answers: dict[str, object] = {}
+def engine() -> Iterator[tuple[str, dict[str | int, object]]]:
+    """URL of a server, its answers by path, and log-probs by where a request starts; it denies every other path."""
+    answers: dict[str | int, object] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -28,6 +29,18 @@ def engine() -> Iterator[tuple[str, dict[str, object]]]:
             self.send_response(200 if known else 401)
             self.end_headers()
             self.wfile.write(json.dumps(answers[self.path]).encode() if known else b"a key is needed")
+
+        def do_POST(self) -> None:
+            """Scores as SGLang does; each token has the same log-prob, unless ``answers`` has one for a prompt."""
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            ids, start = asked["input_ids"], asked["logprob_start_len"]
+            logprob = answers.get(start, -1.0)
+            rows = [[None if place == 0 else logprob, token, None] for place, token in enumerate(ids[start:])]
+            meta = {"id": asked["rid"], "finish_reason": {"type": "length"}, "prompt_tokens": len(ids)}
+            meta |= {"cached_tokens": 0, "weight_version": "default", "input_token_logprobs": rows}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"meta_info": meta}).encode())
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""
@@ -67,6 +80,20 @@ def test_a_wrong_teacher(settings, only, engine) -> None:
     finding = only(check_handshakes(settings(f"teachers.math.server.urls=[{url}]")))
     assert finding.state == "failed" and finding.found.startswith("A server of teachers.math serves another model")
     assert "/models/code" in finding.found and "model_path=/models/code" in finding.fix
+
+
+def test_a_right_teacher_and_one_that_scores_in_two_ways(settings, only, engine) -> None:
+    url, answers = engine
+    answers |= {
+        "/ready": {},
+        "/model_info": {"model_path": "/models/math", "weight_version": "default"},
+        "/server_info": {"max_req_input_len": 4096},
+    }
+    config = settings(f"teachers.math.server.urls=[{url}]")
+    assert only(check_handshakes(config)) == ok("handshakes", f"teachers.math: {url}")
+    answers[31] = -2.0  # where the prompt has 32 tokens
+    finding = only(check_handshakes(config))
+    assert finding.state == "failed" and "two different scores" in finding.found and "prompt of 32" in finding.found
 
 
 def test_a_server_that_is_no_engine(settings, only, engine) -> None:
