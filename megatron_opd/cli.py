@@ -146,6 +146,21 @@ def plan(
 
 
 @app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings for a program")] = False,
+) -> None:
+    """Check this machine, the config, its models, data, servers and verifiers. Exit code 1: something failed."""
+    from megatron_opd.doctor.command import doctor as examine
+    from megatron_opd.observe.console import RunConsole
+
+    with _told(RunConsole()):
+        if not examine(config, overrides or [], as_json=as_json):
+            raise typer.Exit(1)
+
+
+@app.command()
 def view(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],
     out: Annotated[Path | None, typer.Option(help="Folder of view.html; else the run's own")] = None,

@@ -42,7 +42,10 @@ ALLOWED = {
     "plan": FOUNDATION | {"student"},
     "view": FOUNDATION | {"runtime", "observe", "audit"},
     "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "evaluation", "observe", "audit", "plan", "view", "convert"},
+    "doctor": FOUNDATION
+    | {"runtime", "data", "verifiers", "engines", "teachers", "observe", "student", "train", "plan"},
+    "cli": FOUNDATION
+    | {"runtime", "train", "difficulty", "evaluation", "observe", "audit", "plan", "view", "convert", "doctor"},
 }
 
 

@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
     """Training prompts and held-out prompts (empty without ``data.eval``). Raises DataError."""
-    data = config.data
-    once = (data.eval_columns or data.columns).model_copy(update={"repeats": None})  # repeats belong to training
-    held_out = _read(config, data.eval, once, tokenizer) if data.eval else []
-    return read_training(config, tokenizer), held_out
+    return read_training(config, tokenizer), read_held_out(config, tokenizer)
 
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Training prompts only. Raises DataError."""
     return _read(config, config.data.train, config.data.columns, tokenizer)
+
+
+def read_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Held-out prompts only; none without ``data.eval``. Raises DataError."""
+    data = config.data
+    once = (data.eval_columns or data.columns).model_copy(update={"repeats": None})  # repeats belong to training
+    return _read(config, data.eval, once, tokenizer) if data.eval else []
 
 
 def _read(config: Config, path: Path, columns: ColumnsConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -160,9 +160,8 @@ def refresh_bytes(config: Config, shape: ModelShape) -> float:
 
 
 def checkpoint_bytes(config: Config, shape: ModelShape) -> float:
-    """Files of one checkpoint: weights and the optimizer's state."""
-    value = VALUE_BYTES[config.student.dtype]
-    return shape.params * (value + MOMENTS + (FLOAT if value < FLOAT else 0))
+    """Files of one checkpoint: weights, the optimizer's float32 copy of them (of float32 weights too), and moments."""
+    return shape.params * (VALUE_BYTES[config.student.dtype] + FLOAT + MOMENTS)
 
 
 def host_bytes(config: Config, shape: ModelShape, gpus_per_node: int) -> float:

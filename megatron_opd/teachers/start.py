@@ -71,18 +71,23 @@ def vocab_size(model: Path) -> int:
     return json.loads((model / "config.json").read_text())["vocab_size"]
 
 
-def _frozen(
-    stack: AsyncExitStack, config: Config, name: str, role: str, teacher: TeacherConfig, urls: list[str]
-) -> _Frozen:
-    expected = Expected(
+def expected_of(config: Config, role: str, teacher: TeacherConfig) -> Expected:
+    """What the servers of ``teachers.<domain>`` or of ``reference`` must be."""
+    return Expected(
         role=role,
         model=teacher.model,
         server=teacher.server,
         vocab_size=vocab_size(teacher.model),
         longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        top_k=0 if name == "reference" else config.scoring.top_k,
+        top_k=0 if role == "reference" else config.scoring.top_k,
         tolerance=config.scoring.probe_tolerance,
     )
+
+
+def _frozen(
+    stack: AsyncExitStack, config: Config, name: str, role: str, teacher: TeacherConfig, urls: list[str]
+) -> _Frozen:
+    expected = expected_of(config, role, teacher)
     proven: dict[str, Proven] = {}
 
     async def probe(client: ScoringClient) -> None:

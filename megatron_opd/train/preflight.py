@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_opd.config import Config, ServerConfig
+from megatron_opd.config import Config, TeacherConfig
 from megatron_opd.data.inputs import read_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_template, same_tokenizer
 from megatron_opd.engines.command import check_engine_python, resolve_device
@@ -23,29 +23,53 @@ def preflight(config: Config) -> None:
 
 def _mistakes(config: Config) -> Iterator[OpdError]:
     yield from attempt(lambda: check_sinks(config.sinks))
-    frozen = {f"teachers.{domain}": teacher for domain, teacher in config.teachers.items()}
-    frozen |= {"reference": config.reference} if config.reference else {}
-    servers = {"rollout.server": config.rollout.server} | config.frozen_servers
-    yield from _server_mistakes(config, servers)
-    models = {"student.model": config.student.model}
-    models |= {f"{key}.model": teacher.model for key, teacher in frozen.items()}
-    missing = [error for key, model in models.items() for error in attempt(lambda k=key, m=model: check_model(k, m))]
+    yield from server_mistakes(config)
+    missing = list(missing_models(config))
     yield from missing
     if missing:
         return  # what follows reads the models
     yield from size_mistakes(config, read_hf_config(config.student.model))
-    for key, model in models.items():
-        yield from attempt(lambda k=key, m=model: check_context(k, m, longest_of(config)))
-        yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
-    for key, teacher in frozen.items():
-        yield from attempt(lambda t=teacher: same_tokenizer(config.student.model, t.model))
-        if not teacher.other_template:
-            yield from attempt(lambda k=key, t=teacher: same_template(config.student.model, t.model, k))
+    yield from fit_mistakes(config)
+    yield from tokenizer_mistakes(config)
     yield from attempt(lambda: read_inputs(config, load_tokenizer(config.student.model)))
 
 
-def _server_mistakes(config: Config, servers: dict[str, ServerConfig]) -> Iterator[OpdError]:
+def frozen_models(config: Config) -> dict[str, TeacherConfig]:
+    """Teachers and the free reference, by their key."""
+    frozen = {f"teachers.{domain}": teacher for domain, teacher in config.teachers.items()}
+    return frozen | ({"reference": config.reference} if config.reference else {})
+
+
+def models_of(config: Config) -> dict[str, Path]:
+    """The folder of every model, by the part of the config that names it."""
+    frozen = {f"{key}.model": teacher.model for key, teacher in frozen_models(config).items()}
+    return {"student.model": config.student.model} | frozen
+
+
+def missing_models(config: Config) -> Iterator[OpdError]:
+    """Folders that hold no checkpoint."""
+    for key, model in models_of(config).items():
+        yield from attempt(lambda k=key, m=model: check_model(k, m))
+
+
+def fit_mistakes(config: Config) -> Iterator[OpdError]:
+    """Models, all there, that cannot take what the run would ask of them."""
+    for key, model in models_of(config).items():
+        yield from attempt(lambda k=key, m=model: check_context(k, m, longest_of(config)))
+        yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
+
+
+def tokenizer_mistakes(config: Config) -> Iterator[OpdError]:
+    """Models, all there, whose tokenizer or chat template is not the student's."""
+    for key, teacher in frozen_models(config).items():
+        yield from attempt(lambda t=teacher: same_tokenizer(config.student.model, t.model))
+        if not teacher.other_template:
+            yield from attempt(lambda k=key, t=teacher: same_template(config.student.model, t.model, k))
+
+
+def server_mistakes(config: Config) -> Iterator[OpdError]:
     """Environments that are lacking: of engines to start, and of keys of engines to attach to."""
+    servers = {"rollout.server": config.rollout.server} | config.frozen_servers
     engines = {server.engine for server in servers.values() if not server.urls}
     checks = {"sglang": check_engine_python, "vllm": check_vllm_python}
     for engine in sorted(engines):
