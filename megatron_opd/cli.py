@@ -66,6 +66,42 @@ def difficulty(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="Format of the files, for example gsm8k (docs/data.md)", metavar="NAME")],
+    files: Annotated[list[Path], typer.Argument(help="jsonl, jsonl.gz, json or parquet, in order", metavar="FILES...")],
+    out: Annotated[Path, typer.Argument(help="New .jsonl file of prompts", metavar="OUT")],
+    domain: Annotated[str | None, typer.Option(help="Domain of all records, instead of the format's own")] = None,
+    min_difficulty: Annotated[float | None, typer.Option(help="Least difficulty (deepmath)")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; else that of their file")] = None,
+    template: Annotated[bool, typer.Option(help="Add the paper's instruction to each question")] = True,
+    tokenizer: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer counts for --max-tokens")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt after the chat template")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="FORMAT=FILE whose questions must not be trained on; may be repeated")
+    ] = None,
+    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that count as shared with a benchmark")] = 13,
+    max_bad: Annotated[int, typer.Option(min=0, help="Records that may be unusable")] = 0,
+) -> None:
+    """Convert published data sets to a prompt file; drop what is too long, doubled or in a benchmark; write a report."""
+    from megatron_opd.prepare.base import FormatOptions
+    from megatron_opd.prepare.command import PrepareOptions, parse_benchmarks
+    from megatron_opd.prepare.command import prepare as run_prepare
+    from megatron_opd.prepare.console import PrepareConsole
+
+    with PrepareConsole() as console, _told(console):
+        options = PrepareOptions(
+            FormatOptions(domain, min_difficulty, images),
+            template,
+            tokenizer,
+            max_tokens,
+            parse_benchmarks(benchmark or []),
+            ngram,
+            max_bad,
+        )
+        run_prepare(name, files, out, options, console)
+
+
+@app.command()
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],
     out: Annotated[Path | None, typer.Option(help="Folder of audit.json and audit.html; else the run's own")] = None,

@@ -40,7 +40,8 @@ ALLOWED = {
     "plan": FOUNDATION | {"student"},
     "view": FOUNDATION | {"runtime", "observe", "audit"},
     "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
-    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view", "convert"},
+    "prepare": FOUNDATION | {"runtime", "data", "verifiers", "observe"},
+    "cli": FOUNDATION | {"runtime", "train", "difficulty", "observe", "audit", "plan", "view", "convert", "prepare"},
 }
 
 

@@ -29,15 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import ColumnsConfig
-from megatron_opd.data.rows import Flaw, Row, read_rows, type_name
+from megatron_opd.data.rows import MISSING, Flaw, Row, flaws_error, read_rows, show
 from megatron_opd.errors import DataError
 from megatron_opd.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_FLAWS_TOLD = 10
-MISSING = object()  # a value of its own: a column may hold null
 RENAME = "add the value, or set data.columns to the names in the file"
 RETYPE = "convert the value"
 
@@ -68,7 +66,7 @@ def read_prompts(
             prompts.append(prompt)
             numbers[prompt.id] = row.number
     if flaws:
-        raise _error(path, flaws, total=len(prompts) + len(flaws))
+        raise flaws_error([(path, *flaw) for flaw in flaws], path, total=len(prompts) + len(flaws))
     if not prompts:
         raise DataError("The prompt file is empty", where=path, got="no records", expected="at least one")
     return prompts
@@ -103,7 +101,7 @@ class _Reader:
             return f"{self.path.name}:{number}"
         value = record.get(column, MISSING)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise Flaw(column, _show(value), "a string or a whole number", RENAME)
+            raise Flaw(column, show(value), "a string or a whole number", RENAME)
         return str(value)
 
     def _domain(self, record: dict) -> str:
@@ -111,18 +109,18 @@ class _Reader:
         value = MISSING if column is None else record.get(column, MISSING)
         if value is MISSING or value is None:
             if self.default_domain is None:
-                raise Flaw(column or "domain", _show(value), "a domain", "add it, or set data.default_domain")
+                raise Flaw(column or "domain", show(value), "a domain", "add it, or set data.default_domain")
             value = self.default_domain
         if not isinstance(value, str) or value not in self.domains:
             known = f"one of {', '.join(sorted(self.domains))}"
-            raise Flaw(column or "domain", _show(value), known, "correct the name, or add a teacher for the domain")
+            raise Flaw(column or "domain", show(value), known, "correct the name, or add a teacher for the domain")
         return value
 
     def _repeats(self, record: dict) -> int:
         column = self.columns.repeats
         value = 1 if column is None else record.get(column, MISSING)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Flaw(column, _show(value), "a whole number >= 1", RENAME if value is MISSING else RETYPE)
+            raise Flaw(column, show(value), "a whole number >= 1", RENAME if value is MISSING else RETYPE)
         return value
 
     def _token_ids(self, messages: list[dict]) -> tuple[int, ...]:
@@ -142,11 +140,11 @@ def _messages(column: str, value: object) -> list[dict]:
     """The value of the prompt column as chat messages, the last one the user's."""
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(messages, list):
-        raise Flaw(column, _show(value), "a string or a list of messages", RENAME if value is MISSING else RETYPE)
+        raise Flaw(column, show(value), "a string or a list of messages", RENAME if value is MISSING else RETYPE)
     for message in messages:
         keys = ("role", "content")
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
-            raise Flaw(column, _show(message), "messages with role and content, both strings", RETYPE)
+            raise Flaw(column, show(message), "messages with role and content, both strings", RETYPE)
     if not messages or messages[-1]["role"] != "user":
         got = "no messages" if not messages else f"a last message of {messages[-1]['role']!r}"
         raise Flaw(column, got, "a last message of 'user'", "end the conversation where the student answers")
@@ -165,27 +163,4 @@ def _answer(column: str, value: object) -> str:
         return str(value)
     if isinstance(value, float | Decimal) and math.isfinite(value):
         return str(int(value)) if value == int(value) else str(value)
-    raise Flaw(column, _show(value), "a string, a number or an object", RENAME if value is MISSING else RETYPE)
-
-
-def _show(value: object, limit: int = 60) -> str:
-    """A value in an error: strings as they are, of the others the type too."""
-    if value is MISSING:
-        return "nothing"
-    text = repr(value) if isinstance(value, str) else f"{type_name(value)}: {value!r}"
-    text = "null" if value is None else text
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _error(path: Path, flaws: list[tuple[int, Flaw]], total: int) -> DataError:
-    """One error for all flaws of a file."""
-    number, flaw = flaws[0]
-    if len(flaws) == 1:
-        what = f"A record cannot be used{': ' + flaw.field if flaw.field else ''}"
-        return DataError(what, where=f"{path}:{number}", got=flaw.got, expected=flaw.expected, fix=flaw.fix)
-    told = [f"\n    {path}:{number}: {flaw}" for number, flaw in flaws[:MOST_FLAWS_TOLD]]
-    more = [f"\n    ... and {len(flaws) - len(told)} more"] if len(flaws) > len(told) else []
-    fixes = dict.fromkeys(flaw.fix for _, flaw in flaws[:MOST_FLAWS_TOLD])
-    return DataError(
-        f"{len(flaws)} of {total} records cannot be used", where=path, got="".join(told + more), fix="; ".join(fixes)
-    )
+    raise Flaw(column, show(value), "a string, a number or an object", RENAME if value is MISSING else RETYPE)
