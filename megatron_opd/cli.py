@@ -70,35 +70,29 @@ def prepare(
     name: Annotated[str, typer.Argument(help="Format of the files, for example gsm8k (docs/data.md)", metavar="NAME")],
     files: Annotated[list[Path], typer.Argument(help="jsonl, jsonl.gz, json or parquet, in order", metavar="FILES...")],
     out: Annotated[Path, typer.Argument(help="New .jsonl file of prompts", metavar="OUT")],
-    domain: Annotated[str | None, typer.Option(help="Domain of all records, instead of the format's own")] = None,
-    min_difficulty: Annotated[float | None, typer.Option(help="Least difficulty (deepmath)")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images; else that of their file")] = None,
-    template: Annotated[bool, typer.Option(help="Add the paper's instruction to each question")] = True,
-    tokenizer: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer counts for --max-tokens")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt after the chat template")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Further options, for example domain=math", metavar="KEY=VALUE")
+    ] = None,
     benchmark: Annotated[
         list[str] | None, typer.Option(help="FORMAT=FILE whose questions must not be trained on; may be repeated")
     ] = None,
-    ngram: Annotated[int, typer.Option(min=1, help="Words in a row that count as shared with a benchmark")] = 13,
+    tokenizer: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer counts for --max-tokens")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt after the chat template")] = None,
     max_bad: Annotated[int, typer.Option(min=0, help="Records that may be unusable")] = 0,
 ) -> None:
-    """Convert published data sets to a prompt file; drop what is too long, doubled or in a benchmark; write a report."""
-    from megatron_opd.prepare.base import FormatOptions
-    from megatron_opd.prepare.command import PrepareOptions, parse_benchmarks
+    """Convert published data sets to one prompt file, without what is too long, doubled or in a benchmark.
+
+    Keys of --set: domain, template, min_difficulty, images, ngram.
+    """
+    from megatron_opd.config import PrepareConfig, load_options
+    from megatron_opd.prepare.command import parse_benchmarks
     from megatron_opd.prepare.command import prepare as run_prepare
     from megatron_opd.prepare.console import PrepareConsole
 
     with PrepareConsole() as console, _told(console):
-        options = PrepareOptions(
-            FormatOptions(domain, min_difficulty, images),
-            template,
-            tokenizer,
-            max_tokens,
-            parse_benchmarks(benchmark or []),
-            ngram,
-            max_bad,
-        )
-        run_prepare(name, files, out, options, console)
+        given = {"benchmarks": parse_benchmarks(benchmark or []), "tokenizer": tokenizer, "max_tokens": max_tokens}
+        settings = load_options(PrepareConfig, options or [], "--set").model_copy(update=given | {"max_bad": max_bad})
+        run_prepare(name, files, out, settings, console)
 
 
 @app.command()

@@ -10,6 +10,7 @@ All mistakes are reported together, with the nearest known key. Relative paths c
 from megatron_opd.config.cluster import ClusterConfig
 from megatron_opd.config.convert import ConversionConfig, ToHfConfig, ToMegatronConfig
 from megatron_opd.config.load import load_config, load_options, parse_config
+from megatron_opd.config.prepare import PrepareConfig
 from megatron_opd.config.recipe import (
     BalanceConfig,
     CalibrationConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "LossConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PrepareConfig",
     "RefreshConfig",
     "RolloutConfig",
     "RoutingConfig",

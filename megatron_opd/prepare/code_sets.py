@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import Flaw, show
-from megatron_opd.prepare.base import FormatOptions
 from megatron_opd.prepare.drafts import Draft, Skip, first_of, is_unicode, look_up, messages_of, text_of, texts_of
 from megatron_opd.prepare.templates import bare
 from megatron_opd.verifiers.code_tests import parse_tests
@@ -32,7 +32,7 @@ class EurusCode:
 
     columns = ("prompt", "ability", "reward_model")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain = options.domain or "code"
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -50,7 +50,7 @@ class HumanEval:
 
     columns = ("task_id", "prompt", "entry_point", "test")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain = options.domain or "code"
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -69,7 +69,7 @@ class MBPP:
     columns = None
     parts = ("test_list", "test_setup_code", "test_imports")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain = options.domain or "code"
 
     def draft(self, record: dict, folder: Path) -> Draft:

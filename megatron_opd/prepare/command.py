@@ -13,13 +13,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import MOST_FLAWS_TOLD, Flaw, Row, flaws_error
 from megatron_opd.errors import ConfigError, DataError
-from megatron_opd.prepare.base import Format, FormatOptions
+from megatron_opd.prepare.base import Format
 from megatron_opd.prepare.console import PrepareConsole
 from megatron_opd.prepare.contamination import Benchmarks
 from megatron_opd.prepare.drafts import Skip
@@ -32,29 +32,16 @@ from megatron_opd.runtime.supervision import signals_raise
 BAD = "bad record"
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Everything that can be said on the command line besides the files."""
-
-    format: FormatOptions = field(default_factory=FormatOptions)
-    templated: bool = True  # add the paper's instruction to each question
-    tokenizer: Path | None = None  # model folder for max_tokens
-    max_tokens: int | None = None  # of a prompt after the chat template
-    benchmarks: tuple[tuple[str, Path], ...] = ()  # format and file
-    words: int = 13  # in a row that a question may not share with a benchmark
-    max_bad: int = 0  # records that may be unusable
-
-
-def prepare(name: str, files: list[Path], out: Path, options: PrepareOptions, console: PrepareConsole) -> Report:
+def prepare(name: str, files: list[Path], out: Path, options: PrepareConfig, console: PrepareConsole) -> Report:
     """Convert ``files`` of the format ``name``. Raises OpdError or StoppedBySignal; then there is no OUT."""
-    converter = new_format(name, options.format)
+    converter = new_format(name, options)
     report_path = out.with_name(f"{out.name}.report.json")
     _check_places(out, report_path)
     if (options.tokenizer is None) != (options.max_tokens is None):
         got = "only one of the two"
         raise ConfigError("--tokenizer and --max-tokens need each other", got=got, fix="give both, or none")
     length = None if options.tokenizer is None else LengthFilter(options.tokenizer, options.max_tokens)
-    benchmarks = read_benchmarks(list(options.benchmarks), options.words, FormatOptions(images=options.format.images))
+    benchmarks = read_benchmarks(options.benchmarks, options.ngram, PrepareConfig(images=options.images))
     with signals_raise(), _complete_or_nothing(out) as file:
         run = _Run(name, converter, options, length, benchmarks, file)
         for number, path in enumerate(files, start=1):
@@ -85,7 +72,7 @@ class _Run:
         self,
         name: str,
         converter: Format,
-        options: PrepareOptions,
+        options: PrepareConfig,
         length: LengthFilter | None,
         benchmarks: Benchmarks,
         file: BinaryIO,
@@ -119,7 +106,7 @@ class _Run:
 
     def _convert(self, path: Path, row: Row, where: str) -> None:
         draft = self._converter.draft(row.record(), path.parent)
-        record = draft.record(self._name, templated=self._options.templated)
+        record = draft.record(self._name, templated=self._options.template)
         if reason := self._seen.repeated(draft):
             self.report.drop(reason, where, "an earlier record asks the same", draft.question)
             return

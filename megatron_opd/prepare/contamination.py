@@ -1,8 +1,9 @@
 """Whether a training question shares a run of words with a benchmark's.
 
-The usual measure: any 13 words in a row that both have (GPT-3's paper, appendix C). Words are letters and digits without
-regard to case, so that LaTeX and punctuation do not hide a copy. A benchmark's question of fewer words counts where
-the training question is the same as a whole. Languages without blanks between words are only found as wholes of lines.
+The usual measure: any 13 words in a row that both have (GPT-3's paper, appendix C). Words are letters and digits
+without regard to case, so that LaTeX and punctuation do not hide a copy. A benchmark's question of fewer words counts
+where the training question is the same as a whole. In languages without blanks between words, a word is all text up to
+the next punctuation, so that less is found.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import Flaw
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.errors import DataError
-from megatron_opd.prepare.base import FormatOptions
 from megatron_opd.prepare.contamination import Benchmarks
 from megatron_opd.prepare.drafts import Draft, Skip
 from megatron_opd.prepare.formats import new_format
@@ -48,7 +48,7 @@ class Seen:
         return "duplicate" if self._answers[key] == answer else "duplicate with another answer"
 
 
-def read_benchmarks(given: list[tuple[str, Path]], words: int, options: FormatOptions) -> Benchmarks:
+def read_benchmarks(given: tuple[tuple[str, Path], ...], words: int, options: PrepareConfig) -> Benchmarks:
     """All questions of benchmark files, each with the name of its format. Raises OpdError, also for a bad record."""
     benchmarks = Benchmarks(words)
     for name, path in given:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_opd.config import PrepareConfig
 from megatron_opd.errors import ConfigError
-from megatron_opd.prepare.base import Format, FormatOptions
+from megatron_opd.prepare.base import Format
 from megatron_opd.prepare.code_sets import MBPP, EurusCode, HumanEval
 from megatron_opd.prepare.image_sets import ChartQA, InfographicVQA, OpenMMReasoner
 from megatron_opd.prepare.math_sets import GSM8K, Competition, DeepMath
@@ -24,7 +25,7 @@ FORMATS: dict[str, type[Format]] = {
 }
 
 
-def new_format(name: str, options: FormatOptions) -> Format:
+def new_format(name: str, options: PrepareConfig) -> Format:
     """The format of a name. Raises ConfigError."""
     if name not in FORMATS:
         fix = "docs/data.md describes each"

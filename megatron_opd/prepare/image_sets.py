@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_opd.prepare.base import FormatOptions
+from megatron_opd.config import PrepareConfig
 from megatron_opd.prepare.drafts import Draft, Skip, answer_of, first_of, look_up, messages_of, text_of, texts_of
 from megatron_opd.prepare.images import images_of
 from megatron_opd.prepare.templates import bare
@@ -19,7 +19,7 @@ class OpenMMReasoner:
 
     columns = ("prompt", "reward_model", "images")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain, self._images = options.domain or "visual_math", options.images
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -43,14 +43,14 @@ def _text(content: object) -> object:
 
 
 class ChartQA:
-    """``{"image", "query", "label": ["14"], "human_or_machine": 0}``; or the authors' ``imgname``, ``query``, ``label``.
+    """``{"image", "query", "label": ["14"], "human_or_machine": 0}``; the authors have ``imgname`` for ``image``.
 
     The reference is the JSON list of labels, for the verifier ``chartqa``.
     """
 
     columns = None
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain, self._images = options.domain or "chart", options.images
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -68,7 +68,7 @@ class InfographicVQA:
 
     columns = None
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain, self._images = options.domain or "document", options.images
 
     def draft(self, record: dict, folder: Path) -> Draft:

@@ -1,4 +1,4 @@
-"""Images of a record, as references: ``{"path": "charts/1.png"}`` or ``{"base64": "iVBOR..."}``. None is opened here."""
+"""Images of a record, as ``{"path": "charts/1.png"}`` or ``{"base64": "iVBOR..."}``. None is opened here."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import Flaw, show
-from megatron_opd.prepare.base import FormatOptions
 from megatron_opd.prepare.drafts import Draft, Skip, answer_of, first_of, look_up, text_of
 from megatron_opd.prepare.templates import bare
 
@@ -15,7 +15,7 @@ class GSM8K:
 
     columns = ("question", "answer")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain = options.domain or "math"
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -32,7 +32,7 @@ class DeepMath:
 
     columns = ("question", "final_answer", "difficulty")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain, self._least = options.domain or "math", options.min_difficulty
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -51,7 +51,7 @@ class Competition:
 
     columns = None
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain = options.domain or "math"
 
     def draft(self, record: dict, folder: Path) -> Draft:

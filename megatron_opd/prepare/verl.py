@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import MISSING, Flaw
-from megatron_opd.prepare.base import FormatOptions
 from megatron_opd.prepare.code_sets import tests_reference
 from megatron_opd.prepare.drafts import Draft, answer_of, look_up, messages_of, text_of
 from megatron_opd.prepare.images import images_of
@@ -19,7 +19,7 @@ class Verl:
 
     columns = ("prompt", "ability", "reward_model")
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain = options.domain
 
     def draft(self, record: dict, folder: Path) -> Draft:
@@ -46,7 +46,7 @@ class Canonical:
 
     columns = None
 
-    def __init__(self, options: FormatOptions) -> None:
+    def __init__(self, options: PrepareConfig) -> None:
         self._domain, self._images = options.domain, options.images
 
     def draft(self, record: dict, folder: Path) -> Draft:
