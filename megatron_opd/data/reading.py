@@ -25,6 +25,7 @@ import json
 import math
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,14 +48,15 @@ def read_prompts(
     domains: set[str],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
+    limit: int | None = None,
 ) -> list[Prompt]:
-    """All prompts of a .jsonl, .jsonl.gz or .parquet file, in its order. Raises DataError."""
-    reader = _Reader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens)
+    """Prompts of a .jsonl, .jsonl.gz or .parquet file, in its order: all, or the first ``limit``. Raises DataError."""
+    reader = PromptReader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens)
     wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats]
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}  # of the row that has the id
     flaws: list[tuple[int, Flaw]] = []
-    for row in read_rows(path, [column for column in wanted if column is not None]):
+    for row in islice(read_rows(path, [column for column in wanted if column is not None]), limit):
         try:
             prompt = reader.prompt(row)
             if prompt.id in numbers:
@@ -73,7 +75,7 @@ def read_prompts(
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class PromptReader:
     """Turns one row into a prompt. Its methods raise Flaw."""
 
     path: Path
@@ -84,15 +86,16 @@ class _Reader:
     max_prompt_tokens: int
 
     def prompt(self, row: Row) -> Prompt:
+        """The prompt of a row."""
         record = row.record()
         messages = _messages(self.columns.prompt, record.get(self.columns.prompt, MISSING))
         return Prompt(
             id=self._id(record, row.number),
-            domain=self._domain(record),
+            domain=self.domain(record),
             text=messages[-1]["content"],
             token_ids=self._token_ids(messages),
             answer=_answer(self.columns.answer, record.get(self.columns.answer, MISSING)),
-            repeats=self._repeats(record),
+            repeats=self.repeats(record),
         )
 
     def _id(self, record: dict, number: int) -> str:
@@ -104,7 +107,8 @@ class _Reader:
             raise Flaw(column, show(value), "a string or a whole number", RENAME)
         return str(value)
 
-    def _domain(self, record: dict) -> str:
+    def domain(self, record: dict) -> str:
+        """The domain of a record."""
         column = self.columns.domain
         value = MISSING if column is None else record.get(column, MISSING)
         if value is MISSING or value is None:
@@ -116,7 +120,8 @@ class _Reader:
             raise Flaw(column or "domain", show(value), known, "correct the name, or add a teacher for the domain")
         return value
 
-    def _repeats(self, record: dict) -> int:
+    def repeats(self, record: dict) -> int:
+        """How often the record appears in one epoch."""
         column = self.columns.repeats
         value = 1 if column is None else record.get(column, MISSING)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_opd.config import Config, ServerConfig
-from megatron_opd.data.inputs import read_inputs
+from megatron_opd.data.inputs import check_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_template, same_tokenizer
 from megatron_opd.engines.command import check_engine_python, resolve_device
 from megatron_opd.engines.vllm_command import check_vllm_python
@@ -41,7 +41,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
         yield from attempt(lambda t=teacher: same_tokenizer(config.student.model, t.model))
         if not teacher.other_template:
             yield from attempt(lambda k=key, t=teacher: same_template(config.student.model, t.model, k))
-    yield from attempt(lambda: read_inputs(config, load_tokenizer(config.student.model)))
+    yield from attempt(lambda: check_inputs(config, load_tokenizer(config.student.model)))
 
 
 def _server_mistakes(config: Config, servers: dict[str, ServerConfig]) -> Iterator[OpdError]:
