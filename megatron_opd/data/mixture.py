@@ -15,8 +15,8 @@ from megatron_opd.records import Outcome, Prompt
 class MixedStream:
     """One stream for each domain; each draw is of the domain that is furthest behind its share.
 
-    So n draws hold between share * n - 1 and share * n + 1 of a domain, at any place. A domain whose records are
-    exhausted begins its next epoch; the others do not wait for it.
+    So after n draws a domain has had fewer than share * n + 1; of two domains each also more than share * n - 1, of
+    more of them hardly less. A domain whose records are used up begins its next epoch; the others do not wait for it.
     """
 
     def __init__(self, parts: Sequence[PromptStream | FileStream], shares: Sequence[float]) -> None:

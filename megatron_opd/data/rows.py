@@ -121,7 +121,7 @@ def _check_columns(path: Path, present: list[str], wanted: list[str]) -> None:
             where=path,
             got=", ".join(present),
             expected=", ".join(wanted),
-            fix="set data.columns to the names in the file",
+            fix="set data.columns to the names in the file, or give prepare the format that the file is of",
         )
 
 

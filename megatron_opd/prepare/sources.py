@@ -36,7 +36,8 @@ def _array(path: Path, file: TextIO) -> Iterator[Row]:
     start = _START.match(text)
     if start is None:
         expected = 'an array of objects, or an object with such an array as "data"'
-        raise DataError("The JSON file is of another form", where=path, got=repr(text[:60]), expected=expected)
+        fix = "rename the file to .jsonl if it has an object on each line"
+        raise DataError("The JSON file is of another form", where=path, got=repr(text[:60]), expected=expected, fix=fix)
     decoder, position, number = json.JSONDecoder(), start.end(), 0
     while True:
         position = _BETWEEN.match(text, position).end()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import published
@@ -11,14 +14,16 @@ from typer.testing import CliRunner
 
 from megatron_opd.cli import app
 from megatron_opd.config import PrepareConfig
+from megatron_opd.data.rows import Row
 from megatron_opd.errors import ConfigError, DataError
-from megatron_opd.prepare import sources
+from megatron_opd.prepare import command, sources
 from megatron_opd.prepare.command import parse_benchmarks, prepare
 from megatron_opd.prepare.console import PrepareConsole
 from megatron_opd.prepare.contamination import Benchmarks
 from megatron_opd.prepare.report import Report
 from megatron_opd.prepare.sources import source_rows
 from megatron_opd.prepare.templates import TEMPLATES, bare, with_template
+from megatron_opd.runtime.supervision import StoppedBySignal
 
 LONG = "A farmer has three fields, and each field has seven rows of twelve trees that bear ten apples in a good year."
 
@@ -144,6 +149,18 @@ def test_nothing_is_overwritten(run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         run([question("one")])
     assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_a_signal_leaves_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, columns: object) -> Iterator[Row]:
+        yield Row(1, question("one"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield Row(2, question("two"))
+
+    monkeypatch.setattr(command, "source_rows", interrupted)
+    with pytest.raises(StoppedBySignal):
+        run([])
+    assert [path.name for path in tmp_path.iterdir()] == ["part0.jsonl"]
 
 
 @pytest.mark.parametrize("body", ['{"data": 5}', "[1]", '[{"question": "?"', "", '[{"question": "?"}, x]'])
