@@ -47,7 +47,7 @@ class LineBlocks:
         """The lines that begin in a block; their numbers are places. A blank line at the end of the file is none."""
         begin, end = number * self._block, min((number + 1) * self._block, self._size)
         before = max(begin - 1, 0)  # the byte before the block says whether a line begins with it
-        data = os.pread(self._file.fileno(), end - before, before)
+        data = self._bytes(before, end - before)
         starts = (np.flatnonzero(np.frombuffer(data, dtype=np.uint8)[:-1] == ord("\n")) + 1).tolist()
         starts = starts if begin else [0, *starts]
         if not starts:
@@ -63,7 +63,7 @@ class LineBlocks:
     def line(self, place: int) -> Row:
         """The line that begins at a place."""
         parts, at = [], place
-        while part := os.pread(self._file.fileno(), 1 << 16, at):
+        while part := self._bytes(at, 1 << 16):
             head, newline, _ = part.partition(b"\n")
             parts.append(head + newline)
             if newline:
@@ -75,7 +75,7 @@ class LineBlocks:
         """Counted from 1, by reading the file up to the place: for errors only."""
         lines, at = 1, 0
         while at < place:
-            part = os.pread(self._file.fileno(), min(1 << 20, place - at), at)
+            part = self._bytes(at, min(1 << 20, place - at))
             lines, at = lines + part.count(b"\n"), at + len(part)
         return lines
 
@@ -86,5 +86,12 @@ class LineBlocks:
         """
         found = hashlib.blake2b(str(self._size).encode(), digest_size=16)
         for place in np.linspace(0, max(self._size - _SAMPLE_BYTES, 0), _SAMPLES).astype(int).tolist():
-            found.update(os.pread(self._file.fileno(), _SAMPLE_BYTES, place))
+            found.update(self._bytes(place, _SAMPLE_BYTES))
         return found.hexdigest()
+
+    def _bytes(self, place: int, count: int) -> bytes:
+        """At most ``count`` bytes from a place on. Raises DataError."""
+        try:
+            return os.pread(self._file.fileno(), count, place)
+        except OSError as error:
+            raise DataError("The prompt file cannot be read", where=self.path, got=error) from error

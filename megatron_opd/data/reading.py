@@ -130,15 +130,20 @@ class PromptReader:
 
     def _token_ids(self, messages: list[dict]) -> tuple[int, ...]:
         column = self.columns.prompt
-        try:
-            token_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template raises what it likes, for roles in an order it refuses
-            got = f"{type(error).__name__}: {error}"
-            raise Flaw(column, got, "messages that the chat template accepts", "change the messages") from error
+        token_ids = chat_tokens(column, messages, self.tokenizer)
         if len(token_ids) > self.max_prompt_tokens:
             got, expected = f"{len(token_ids)} tokens", f"at most {self.max_prompt_tokens}"
             raise Flaw(column, got, expected, "raise data.max_prompt_tokens, or remove the record")
         return tuple(token_ids)
+
+
+def chat_tokens(column: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a conversation up to where the assistant begins. Raises Flaw, which names ``column``."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template raises what it likes, for roles in an order it refuses
+        got = f"{type(error).__name__}: {error}"
+        raise Flaw(column, got, "messages that the chat template accepts", "change the messages") from error
 
 
 def _messages(column: str, value: object) -> list[dict]:

@@ -147,18 +147,25 @@ def _check_places(out: Path, report: Path) -> None:
 
 @contextmanager
 def _complete_or_nothing(out: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside ``out`` that takes its name at the end of the block, or is removed by an error."""
-    with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
+    """A temporary file beside ``out`` that takes its name at the end of the block, or is removed by an error.
+
+    Raises DataError when it cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
+            temporary = Path(file.name)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.chmod(0o666 & ~_umask())
-    temporary.rename(out)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.rename(out)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DataError("The file cannot be written", where=out.absolute(), got=error) from error
+        raise
 
 
 def _umask() -> int:

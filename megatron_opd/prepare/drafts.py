@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_opd.data.rows import MISSING, Flaw, show, type_name
 from megatron_opd.prepare.templates import with_template
@@ -37,16 +38,19 @@ class Draft:
 
     def key(self) -> bytes:
         """The question without regard to case and blanks, with its images: records with equal keys are duplicates."""
-        words = " ".join(self.question.lower().split())
-        return _digest([words, self.images, self.context]) if self.images or self.context else _digest([words])
+        return _digest([" ".join(self.question.lower().split()), self._pictures(), self.context])
 
     def record(self, name: str, *, templated: bool) -> dict[str, object]:
         """The canonical record. ``name``: of the format, for the id."""
         text = with_template(self.question, self.template) if templated else self.question
         prompt = [*self.context, {"role": "user", "content": text}] if self.context else text
-        own = self.own_id or f"{name}-{_digest([self.question, self.answer, self.images, self.context]).hex()}"
+        own = self.own_id or f"{name}-{_digest([self.question, self.answer, self._pictures(), self.context]).hex()}"
         plain = {"id": own, "prompt": prompt, "answer": self.answer, "domain": self.domain}
         return plain | ({"images": self.images} if self.images else {})
+
+    def _pictures(self) -> list[str]:
+        """What stands for the images: their content, or the names of their files wherever these are."""
+        return [image.get("base64") or Path(image["path"]).name for image in self.images]
 
 
 def _digest(parts: list) -> bytes:

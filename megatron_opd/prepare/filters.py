@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import PrepareConfig
+from megatron_opd.data.reading import chat_tokens
 from megatron_opd.data.rows import Flaw
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.errors import DataError
@@ -27,9 +28,9 @@ class LengthFilter:
         self._most = most
 
     def excess(self, prompt: object) -> str | None:
-        """What is wrong with a canonical prompt, if it is too long."""
+        """What is wrong with a canonical prompt, if it is too long. Raises Flaw if the chat template refuses it."""
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        length = len(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        length = len(chat_tokens("prompt", messages, self._tokenizer))
         return f"{length} tokens, at most {self._most}" if length > self._most else None
 
 

@@ -38,7 +38,7 @@ def _reference(name: str, image: object, folder: Path) -> dict[str, str]:
     path = folder / image
     if not path.is_file():
         raise Flaw(name, f"no file {path}", "the path of an image", "give the images' folder with --images")
-    return {"path": str(path)}
+    return {"path": str(path.absolute())}
 
 
 def _is_base64(text: str) -> bool:

@@ -12,6 +12,7 @@ from megatron_opd.data.rows import Row, read_rows, type_name
 from megatron_opd.errors import DataError
 
 CHUNK = 1 << 20  # characters
+LONGEST = 1 << 28  # characters of one object: more is a broken file, of which not all is read into memory
 _START = re.compile(r'\s*(?:\[|\{.*?"data"\s*:\s*\[)', re.DOTALL)  # an array, or {"dataset_name": ..., "data": [
 _BETWEEN = re.compile(r"[\s,]*")
 
@@ -46,7 +47,8 @@ def _array(path: Path, file: TextIO) -> Iterator[Row]:
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            more = file.read(max(CHUNK, len(text) - position))  # twice as much each time: a long object stays cheap
+            rest = len(text) - position
+            more = file.read(max(CHUNK, rest)) if rest < LONGEST else ""  # doubles: a long object stays cheap
             if not more:
                 raise DataError("The JSON file is broken", where=f"{path}, after row {number}", got=error) from error
             text, position = text[position:] + more, 0

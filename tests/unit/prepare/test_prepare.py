@@ -151,6 +151,16 @@ def test_nothing_is_overwritten(run, tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_text() == "precious"
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command.os, "fsync", full)
+    with pytest.raises(DataError, match="cannot be written"):
+        run([question("one")])
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("part")] == []
+
+
 def test_a_signal_leaves_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(path: Path, columns: object) -> Iterator[Row]:
         yield Row(1, question("one"))
