@@ -78,7 +78,7 @@ def prepare(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer counts for --max-tokens")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt after the chat template")] = None,
-    max_bad: Annotated[int, typer.Option(min=0, help="Records that may be unusable")] = 0,
+    max_bad: Annotated[int | None, typer.Option(min=0, help="Records that may be unusable; else none")] = None,
 ) -> None:
     """Convert published data sets to one prompt file, without what is too long, doubled or in a benchmark.
 
@@ -90,8 +90,10 @@ def prepare(
     from megatron_opd.prepare.console import PrepareConsole
 
     with PrepareConsole() as console, _told(console):
-        given = {"benchmarks": parse_benchmarks(benchmark or []), "tokenizer": tokenizer, "max_tokens": max_tokens}
-        settings = load_options(PrepareConfig, options or [], "--set").model_copy(update=given | {"max_bad": max_bad})
+        listed = parse_benchmarks(benchmark) if benchmark else None
+        flags = {"benchmarks": listed, "tokenizer": tokenizer, "max_tokens": max_tokens, "max_bad": max_bad}
+        given = {key: value for key, value in flags.items() if value is not None}
+        settings = load_options(PrepareConfig, options or [], "--set").model_copy(update=given)
         run_prepare(name, files, out, settings, console)
 
 

@@ -37,7 +37,7 @@ def _reference(name: str, image: object, folder: Path) -> dict[str, str]:
         raise Flaw(name, show(image), FORMS, "repair or remove the record")
     path = folder / image
     if not path.is_file():
-        raise Flaw(name, f"no file {path}", "the path of an image", "give the images' folder with --images")
+        raise Flaw(name, f"no file {path}", "the path of an image", "give the images' folder with --set images=FOLDER")
     return {"path": str(path.absolute())}
 
 

@@ -40,7 +40,7 @@ class DeepMath:
         if self._least is not None:
             difficulty = look_up(record, "difficulty")
             if isinstance(difficulty, bool) or not isinstance(difficulty, int | float):
-                raise Flaw("difficulty", show(difficulty), "a number", "add it, or leave --min-difficulty out")
+                raise Flaw("difficulty", show(difficulty), "a number", "add it, or leave min_difficulty out")
             if difficulty < self._least:
                 raise Skip(f"difficulty below {self._least:g}")
         return draft

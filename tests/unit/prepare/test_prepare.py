@@ -141,7 +141,7 @@ def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     source = lines(tmp_path / "charts.jsonl", [published.CHARTQA_AUTHORS])
     with pytest.raises(DataError, match="imgname") as caught:
         prepare("chartqa", [source], tmp_path / "out.jsonl", PrepareConfig(), PrepareConsole())
-    assert "--images" in str(caught.value)
+    assert "--set images=" in str(caught.value)
 
 
 def test_nothing_is_overwritten(run, tmp_path: Path) -> None:
@@ -200,12 +200,26 @@ def test_an_instruction_is_added_once(name: str) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    first, second = lines(tmp_path / "a.jsonl", [question("a")]), lines(tmp_path / "b.jsonl", [question("b")])
-    arguments = ["prepare", "gsm8k", str(first), str(second), str(tmp_path / "out.jsonl"), "--set", "template=false"]
+    first, second = lines(tmp_path / "a.jsonl", [question("a")]), lines(tmp_path / "b.jsonl", [question("b"), "{"])
+    arguments = [
+        "prepare",
+        "gsm8k",
+        str(first),
+        str(second),
+        str(tmp_path / "out.jsonl"),
+        "--set",
+        "template=false",
+        "--max-bad",
+        "1",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert [record["prompt"] for record in written(tmp_path)] == ["a", "b"]
     assert "kept, math" in result.output
+    (tmp_path / "out.jsonl").rename(tmp_path / "old.jsonl")
+    (tmp_path / "out.jsonl.report.json").unlink()
+    result = CliRunner().invoke(app, [*arguments[:-2], "--set", "max_bad=1"])  # the other way to say it
+    assert result.exit_code == 0, result.output
     again = CliRunner().invoke(app, arguments)
     assert (again.exit_code, "exists already" in again.output) == (1, True)
     unknown = CliRunner().invoke(app, ["prepare", "nope", str(first), str(tmp_path / "new.jsonl")])
