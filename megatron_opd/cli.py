@@ -110,6 +110,38 @@ def compare(
 
 
 @app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="Format of the files, for example gsm8k (docs/data.md)", metavar="NAME")],
+    files: Annotated[list[Path], typer.Argument(help="jsonl, jsonl.gz, json or parquet, in order", metavar="FILES...")],
+    out: Annotated[Path, typer.Argument(help="New .jsonl file of prompts", metavar="OUT")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Further options, for example domain=math", metavar="KEY=VALUE")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="FORMAT=FILE whose questions must not be trained on; may be repeated")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Model folder whose tokenizer counts for --max-tokens")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt after the chat template")] = None,
+    max_bad: Annotated[int | None, typer.Option(min=0, help="Records that may be unusable; else none")] = None,
+) -> None:
+    """Convert published data sets to one prompt file, without what is too long, doubled or in a benchmark.
+
+    Keys of --set: domain, template, min_difficulty, images, ngram.
+    """
+    from megatron_opd.config import PrepareConfig, load_options
+    from megatron_opd.prepare.command import parse_benchmarks
+    from megatron_opd.prepare.command import prepare as run_prepare
+    from megatron_opd.prepare.console import PrepareConsole
+
+    with PrepareConsole() as console, _told(console):
+        listed = parse_benchmarks(benchmark) if benchmark else None
+        flags = {"benchmarks": listed, "tokenizer": tokenizer, "max_tokens": max_tokens, "max_bad": max_bad}
+        given = {key: value for key, value in flags.items() if value is not None}
+        settings = load_options(PrepareConfig, options or [], "--set").model_copy(update=given)
+        run_prepare(name, files, out, settings, console)
+
+
+@app.command()
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/toy", metavar="RUN")],
     out: Annotated[Path | None, typer.Option(help="Folder of audit.json and audit.html; else the run's own")] = None,

@@ -44,8 +44,21 @@ ALLOWED = {
     "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
     "doctor": FOUNDATION
     | {"runtime", "data", "verifiers", "engines", "teachers", "observe", "student", "train", "plan"},
+    "prepare": FOUNDATION | {"runtime", "data", "verifiers", "observe"},
     "cli": FOUNDATION
-    | {"runtime", "train", "difficulty", "evaluation", "observe", "audit", "plan", "view", "convert", "doctor"},
+    | {
+        "runtime",
+        "train",
+        "difficulty",
+        "evaluation",
+        "observe",
+        "audit",
+        "plan",
+        "view",
+        "convert",
+        "doctor",
+        "prepare",
+    },
 }
 
 

@@ -11,6 +11,7 @@ from megatron_opd.config.cluster import ClusterConfig
 from megatron_opd.config.convert import ConversionConfig, ToHfConfig, ToMegatronConfig
 from megatron_opd.config.evaluation import BenchmarkConfig, EvaluationConfig
 from megatron_opd.config.load import load_config, load_evaluation, load_options, parse_config
+from megatron_opd.config.prepare import PrepareConfig
 from megatron_opd.config.recipe import (
     BalanceConfig,
     CalibrationConfig,
@@ -31,6 +32,7 @@ from megatron_opd.config.sections import (
     RolloutConfig,
     ScoringConfig,
     SinksConfig,
+    StreamConfig,
     StudentConfig,
     TeacherConfig,
     VerifierConfig,
@@ -56,12 +58,14 @@ __all__ = [
     "LossConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PrepareConfig",
     "RefreshConfig",
     "RolloutConfig",
     "RoutingConfig",
     "ScoringConfig",
     "ServerConfig",
     "SinksConfig",
+    "StreamConfig",
     "StudentConfig",
     "TeacherConfig",
     "ToHfConfig",

@@ -87,6 +87,8 @@ class Config(Section):
     def _misfits(self) -> Iterator[str]:
         """What is wrong between sections, a clause each."""
         objective = self.objective
+        if self.data.mixture is not None and set(self.data.mixture) != set(self.teachers):
+            yield f"data.mixture must name each domain of teachers ({', '.join(sorted(self.teachers))}) and no other"
         for domain in sorted(set(self.teachers) - set(self.verifiers.kinds)):
             yield f"teachers.{domain} has no verifier: set verifiers.kinds.{domain}"
         for domain in sorted(set(objective.domain_weights) - set(self.teachers)):

@@ -145,6 +145,15 @@ class ColumnsConfig(Section):
     """How often the record appears in one epoch (``megatron-opd difficulty`` writes it); null: once."""
 
 
+class StreamConfig(Section):
+    """A training file that is not read into memory (docs/data.md)."""
+
+    window_mb: PositiveInt = 32
+    """Megabytes (2**20 bytes) of the file that are shuffled together; they are taken from all over it."""
+    max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the records drawn that may be unusable, of at least 1000; they are passed over and logged."""
+
+
 class DataConfig(Section):
     """Prompts to train on and to evaluate on."""
 
@@ -162,6 +171,20 @@ class DataConfig(Section):
     """Most tokens of a prompt after the chat template; a longer one is an error."""
     lazy: LazyConfig | None = None
     """Draw prompts by what is known of their difficulty; null draws each prompt equally often."""
+    mixture: dict[str, PositiveFloat] | None = None
+    """Domain to its share of the prompts drawn, by ratio; null draws domains as often as the file has them."""
+    stream: StreamConfig | None = None
+    """Read the training file while it is used, whatever its size; null reads and checks all of it at the start."""
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> Self:
+        if self.stream is not None and self.lazy is not None:
+            raise ValueError("lazy needs to know all prompts: leave stream or lazy out")
+        if self.stream is not None and self.columns.id is None:
+            raise ValueError(
+                "stream needs columns.id, since the number of a line is not known: megatron-opd prepare writes id"
+            )
+        return self
 
 
 class JudgeConfig(Section):

@@ -20,12 +20,10 @@ from megatron_opd.coordinator.engines import holds, keep_supplied
 from megatron_opd.coordinator.evaluate import first_of_each_domain
 from megatron_opd.coordinator.loop import Loop
 from megatron_opd.coordinator.stages import Stages
-from megatron_opd.coordinator.state import Progress, fingerprint, read
+from megatron_opd.coordinator.state import Progress, read
 from megatron_opd.coordinator.summary import summary
 from megatron_opd.coordinator.watchdog import watch
-from megatron_opd.data.inputs import read_inputs
-from megatron_opd.data.pass_rates import read_pass_rates
-from megatron_opd.data.stream import LazyStream, PromptStream
+from megatron_opd.data.inputs import open_stream, read_held_out
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.engines.connect import new_pool
 from megatron_opd.engines.rollout import RolloutEngine
@@ -36,7 +34,6 @@ from megatron_opd.observe.prometheus import Exposition
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.observe.role import run_role
 from megatron_opd.observe.sinks import open_sinks
-from megatron_opd.records import Prompt
 from megatron_opd.runtime.checkpoints import COORDINATOR
 from megatron_opd.runtime.env import token
 from megatron_opd.runtime.replicas import ReplicaPool
@@ -55,9 +52,9 @@ async def coordinate(run: RunDirectory) -> None:
     recorder.listen(exposition)
     tokenizer = load_tokenizer(config.student.model)
     tokenizer.save_pretrained(str(run.tokenizer))
-    train, held_out = read_inputs(config, tokenizer)
-    logger.info("%d training prompts, %d held-out prompts", len(train), len(held_out))
-    stream, prompts, progress = _stream(config, train), fingerprint(train), Progress()
+    (stream, prompts), held_out = open_stream(config, tokenizer), read_held_out(config, tokenizer)
+    logger.info("%s of %s, %d held-out prompts", type(stream).__name__, config.data.train, len(held_out))
+    progress = Progress()
     if start:
         progress, state = read(run.checkpoints.folder(start) / COORDINATOR, prompts)
         stream.restore(state)
@@ -159,13 +156,6 @@ async def _check_deterministic(*pools: ReplicaPool, config: Config) -> None:
                 expected="on" if wanted else "off",
                 fix="start the server with or without --enable-deterministic-inference, or change engine.deterministic",
             )
-
-
-def _stream(config: Config, prompts: list[Prompt]) -> PromptStream:
-    lazy = config.data.lazy
-    if lazy is None:
-        return PromptStream(prompts, config.seed)
-    return LazyStream(prompts, config.seed, lazy, read_pass_rates(lazy.start) if lazy.start else None)
 
 
 def _model_fact(model: Path, name: str) -> int:

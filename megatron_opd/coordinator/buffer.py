@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 from megatron_opd.coordinator.stages import StepRollouts
-from megatron_opd.data.stream import PromptStream
+from megatron_opd.data.inputs import Stream
 from megatron_opd.recipe.objective import StepObjective
 from megatron_opd.records import PackedBatch, Prompt
 
@@ -24,31 +24,30 @@ class Draws:
 
     draws = Draws(stream, first_group=0, again=[])
     draws.take(step=0, count=2)  # [(0, first prompt), (1, second prompt)]
-    draws.in_flight(step=0)      # their ids: a run that goes on from here must draw them again
+    draws.in_flight(step=0)      # their names: a run that goes on from here must draw them again
     draws.in_flight(step=1)      # []: step 0 is done
     """
 
-    def __init__(self, stream: PromptStream, first_group: int, again: Sequence[str]) -> None:
-        """``again``: ids of prompts that were drawn, but not trained, before the run was interrupted."""
-        known = {prompt.id: prompt for prompt in stream.prompts}
+    def __init__(self, stream: Stream, first_group: int, again: Sequence[str]) -> None:
+        """``again``: names of prompts that were drawn, but not trained, before the run was interrupted."""
         self.next_group = first_group
         self._stream = stream
-        self._again = [known[name] for name in again]
-        self._drawn: dict[int, list[Prompt]] = {}
+        self._again = [(name, stream.find(name)) for name in again]
+        self._drawn: dict[int, list[tuple[str, Prompt]]] = {}
 
     def take(self, step: int, count: int) -> list[tuple[int, Prompt]]:
         """``count`` prompts for ``step``, each with the number of its group of rollouts."""
-        prompts, self._again = self._again[:count], self._again[count:]
-        prompts += self._stream.take(count - len(prompts))
-        self._drawn.setdefault(step, []).extend(prompts)
+        named, self._again = self._again[:count], self._again[count:]
+        named += self._stream.draw(count - len(named))
+        self._drawn.setdefault(step, []).extend(named)
         first, self.next_group = self.next_group, self.next_group + count
-        return list(zip(range(first, self.next_group), prompts, strict=True))
+        return [(group, prompt) for group, (_, prompt) in enumerate(named, start=first)]
 
     def in_flight(self, step: int) -> list[str]:
-        """Ids of the prompts that were drawn and are not trained by step number ``step``; earlier ones are let go."""
-        self._drawn = {number: prompts for number, prompts in self._drawn.items() if number >= step}
-        opened = [prompt for number in sorted(self._drawn) for prompt in self._drawn[number]]
-        return [prompt.id for prompt in [*opened, *self._again]]
+        """Names of the prompts that were drawn and are not trained by step ``step``; earlier ones are let go."""
+        self._drawn = {number: named for number, named in self._drawn.items() if number >= step}
+        opened = [name for number in sorted(self._drawn) for name, _ in self._drawn[number]]
+        return [*opened, *(name for name, _ in self._again)]
 
 
 @dataclass(frozen=True, eq=False)

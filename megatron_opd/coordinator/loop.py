@@ -27,8 +27,8 @@ from megatron_opd.coordinator.evaluations import Evaluations
 from megatron_opd.coordinator.metrics import step_metrics
 from megatron_opd.coordinator.stages import Stages, StepRollouts, check_dropped_share, drop_reasons
 from megatron_opd.coordinator.state import Progress, write
+from megatron_opd.data.inputs import Stream
 from megatron_opd.data.pass_rates import write_pass_rates
-from megatron_opd.data.stream import PromptStream
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.observe.activity import Activity
 from megatron_opd.observe.recorder import Recorder
@@ -51,7 +51,7 @@ class Loop:
     student_sampler: RolloutEngine  # for the evaluation, as the next
     teacher_samplers: dict[str, RolloutEngine]  # by domain
     attention_length: float  # of the student: see recipe.pack.sequence_costs
-    stream: PromptStream
+    stream: Stream
     held_out: Sequence[Prompt]
     board: BatchBoard
     recorder: Recorder
@@ -203,15 +203,16 @@ class Loop:
         await asyncio.to_thread(self._write_pass_rates)
 
     def _write_pass_rates(self) -> None:
-        prompts = self.stream.prompts
-        graded, passes = self.stream.pass_counts()
+        known = self.stream.known()
+        if known is None:  # a streamed file: there may be more prompts than memory holds
+            return
         write_pass_rates(
             self.run_directory.pass_rates,
-            [prompt.id for prompt in prompts],
-            [prompt.domain for prompt in prompts],
-            graded,
-            graded,
-            passes,
+            [prompt.id for prompt in known.prompts],
+            [prompt.domain for prompt in known.prompts],
+            known.graded,
+            known.graded,
+            known.passes,
             model=str(self.config.student.model),
             settings={
                 "temperature": 1.0,

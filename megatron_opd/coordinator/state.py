@@ -6,11 +6,9 @@ stream.safetensors  cursor and pass rates of the prompt stream
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from safetensors.numpy import load, save
 
 from megatron_opd.coordinator.evaluate import Accuracy
 from megatron_opd.errors import CheckpointError, DataError
-from megatron_opd.records import Prompt
 from megatron_opd.runtime.messages import RefreshReport
 
 STATE, STREAM = "state.json", "stream.safetensors"
@@ -61,7 +58,7 @@ class Progress:
     refreshes: Refreshes = field(default_factory=Refreshes)
     evaluations: dict[str, dict[str, Accuracy]] = field(default_factory=dict)  # moment to domain to result
     wall_s: float = 0.0  # time that the run has taken
-    in_flight: list[str] = field(default_factory=list)  # ids of prompts that are drawn and not trained yet, in order
+    in_flight: list[str] = field(default_factory=list)  # names of prompts that are drawn and not trained yet, in order
 
 
 def write(folder: Path, progress: Progress, stream: dict[str, np.ndarray], counted: str) -> None:
@@ -106,11 +103,3 @@ def read(folder: Path, counted: str) -> tuple[Progress, dict[str, np.ndarray]]:
             fix="put the old file back, or start anew with existing=archive",
         )
     return progress, stream
-
-
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of all prompts, in order: the cursor of a stream means nothing without them."""
-    found = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        found.update(f"{prompt.id}|{prompt.domain}|{prompt.repeats}|{prompt.token_ids}|{prompt.answer}\n".encode())
-    return found.hexdigest()

@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import ColumnsConfig, Config
-from megatron_opd.data.reading import read_prompts
+from megatron_opd.data.blocks import LineBlocks
+from megatron_opd.data.file_stream import FileStream
+from megatron_opd.data.mixture import MixedStream
+from megatron_opd.data.pass_rates import read_pass_rates
+from megatron_opd.data.reading import PromptReader, read_prompts
+from megatron_opd.data.stream import LazyStream, PromptStream, fingerprint
+from megatron_opd.errors import DataError
 from megatron_opd.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Stream = PromptStream | FileStream | MixedStream
+HEAD = 100  # records of a streamed file that are checked before a run
 
 
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
@@ -19,17 +28,72 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
 
 def read_training(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Training prompts only. Raises DataError."""
+    """All training prompts. Raises DataError."""
     return _read(config, config.data.train, config.data.columns, tokenizer)
 
 
 def read_held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Held-out prompts only; none without ``data.eval``. Raises DataError."""
+    """Held-out prompts, none without ``data.eval``. Raises DataError."""
     data = config.data
     once = (data.eval_columns or data.columns).model_copy(update={"repeats": None})  # repeats belong to training
     return _read(config, data.eval, once, tokenizer) if data.eval else []
 
 
-def _read(config: Config, path: Path, columns: ColumnsConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def check_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read both files, of a streamed one the first records. Raises DataError."""
+    if config.data.stream is None:
+        _mixed(config, read_training(config, tokenizer))
+    else:
+        LineBlocks(config.data.train)
+        _read(config, config.data.train, config.data.columns, tokenizer, limit=HEAD)
+    read_held_out(config, tokenizer)
+
+
+def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Stream, str]:
+    """The training prompts in the order of drawing, and a fingerprint of them. Raises DataError."""
+    if config.data.stream is None:
+        prompts = read_training(config, tokenizer)
+        return _mixed(config, prompts), fingerprint(prompts)
+    data, lines = config.data, LineBlocks(config.data.train)
+    limits = (data.default_domain, set(config.teachers), tokenizer, data.max_prompt_tokens)
+    reader = PromptReader(data.train, data.columns, *limits)
+    if data.mixture is None:
+        return FileStream(lines, reader, config.seed, data.stream), lines.fingerprint()
+    parts = [
+        FileStream(lines, reader, config.seed, data.stream, domain, takes_bad=number == 0)
+        for number, domain in enumerate(sorted(data.mixture))
+    ]
+    return MixedStream(parts, [data.mixture[domain] for domain in sorted(data.mixture)]), lines.fingerprint()
+
+
+def _mixed(config: Config, prompts: list[Prompt]) -> Stream:
+    """Prompts in memory as a stream."""
+    mixture = config.data.mixture
+    if mixture is None:
+        return _in_memory(config, prompts)
+    parts = []
+    for domain in sorted(mixture):
+        own = [prompt for prompt in prompts if prompt.domain == domain]
+        if not own:
+            got, fix = f"no record of {domain}", "correct data.mixture or the file"
+            raise DataError("A domain has no prompts", where=config.data.train, got=got, expected="one", fix=fix)
+        parts.append(_in_memory(config, own))
+    return MixedStream(parts, [mixture[domain] for domain in sorted(mixture)])
+
+
+def _in_memory(config: Config, prompts: list[Prompt]) -> PromptStream:
+    lazy = config.data.lazy
+    if lazy is None:
+        return PromptStream(prompts, config.seed)
+    return LazyStream(prompts, config.seed, lazy, read_pass_rates(lazy.start) if lazy.start else None)
+
+
+def _read(
+    config: Config,
+    path: Path,
+    columns: ColumnsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+) -> list[Prompt]:
     data, domains = config.data, set(config.teachers)
-    return read_prompts(path, columns, data.default_domain, domains, tokenizer, data.max_prompt_tokens)
+    return read_prompts(path, columns, data.default_domain, domains, tokenizer, data.max_prompt_tokens, limit)

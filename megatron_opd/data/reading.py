@@ -25,19 +25,18 @@ import json
 import math
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import ColumnsConfig
-from megatron_opd.data.rows import Flaw, Row, read_rows, type_name
+from megatron_opd.data.rows import MISSING, Flaw, Row, flaws_error, read_rows, show
 from megatron_opd.errors import DataError
 from megatron_opd.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_FLAWS_TOLD = 10
-MISSING = object()  # a value of its own: a column may hold null
 RENAME = "add the value, or set data.columns to the names in the file"
 RETYPE = "convert the value"
 
@@ -49,18 +48,19 @@ def read_prompts(
     domains: set[str],
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
+    limit: int | None = None,
     template: str | None = None,
 ) -> list[Prompt]:
-    """All prompts of a .jsonl, .jsonl.gz or .parquet file, in its order. Raises DataError.
+    """Prompts of a .jsonl, .jsonl.gz or .parquet file, in its order: all, or the first ``limit``. Raises DataError.
 
     template: the text that is asked, with the record's in the place of ``{prompt}``; None asks the record's alone.
     """
-    reader = _Reader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens, template)
+    reader = PromptReader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens, template)
     wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats]
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}  # of the row that has the id
     flaws: list[tuple[int, Flaw]] = []
-    for row in read_rows(path, [column for column in wanted if column is not None]):
+    for row in islice(read_rows(path, [column for column in wanted if column is not None]), limit):
         try:
             prompt = reader.prompt(row)
             if prompt.id in numbers:
@@ -72,14 +72,14 @@ def read_prompts(
             prompts.append(prompt)
             numbers[prompt.id] = row.number
     if flaws:
-        raise _error(path, flaws, total=len(prompts) + len(flaws))
+        raise flaws_error([(path, *flaw) for flaw in flaws], path, total=len(prompts) + len(flaws))
     if not prompts:
         raise DataError("The prompt file is empty", where=path, got="no records", expected="at least one")
     return prompts
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class PromptReader:
     """Turns one row into a prompt. Its methods raise Flaw."""
 
     path: Path
@@ -88,18 +88,19 @@ class _Reader:
     domains: set[str]
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
-    template: str | None
+    template: str | None = None
 
     def prompt(self, row: Row) -> Prompt:
+        """The prompt of a row."""
         record = row.record()
         messages = self._asked(_messages(self.columns.prompt, record.get(self.columns.prompt, MISSING)))
         return Prompt(
             id=self._id(record, row.number),
-            domain=self._domain(record),
+            domain=self.domain(record),
             text=messages[-1]["content"],
             token_ids=self._token_ids(messages),
             answer=_answer(self.columns.answer, record.get(self.columns.answer, MISSING)),
-            repeats=self._repeats(record),
+            repeats=self.repeats(record),
         )
 
     def _asked(self, messages: list[dict]) -> list[dict]:
@@ -119,50 +120,57 @@ class _Reader:
             return f"{self.path.name}:{number}"
         value = record.get(column, MISSING)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise Flaw(column, _show(value), "a string or a whole number", RENAME)
+            raise Flaw(column, show(value), "a string or a whole number", RENAME)
         return str(value)
 
-    def _domain(self, record: dict) -> str:
+    def domain(self, record: dict) -> str:
+        """The domain of a record."""
         column = self.columns.domain
         value = MISSING if column is None else record.get(column, MISSING)
         if value is MISSING or value is None:
             if self.default_domain is None:
-                raise Flaw(column or "domain", _show(value), "a domain", "add it, or set data.default_domain")
+                raise Flaw(column or "domain", show(value), "a domain", "add it, or set data.default_domain")
             value = self.default_domain
         if not isinstance(value, str) or value not in self.domains:
             known = f"one of {', '.join(sorted(self.domains))}"
-            raise Flaw(column or "domain", _show(value), known, "correct the name, or add a teacher for the domain")
+            raise Flaw(column or "domain", show(value), known, "correct the name, or add a teacher for the domain")
         return value
 
-    def _repeats(self, record: dict) -> int:
+    def repeats(self, record: dict) -> int:
+        """How often the record appears in one epoch."""
         column = self.columns.repeats
         value = 1 if column is None else record.get(column, MISSING)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise Flaw(column, _show(value), "a whole number >= 1", RENAME if value is MISSING else RETYPE)
+            raise Flaw(column, show(value), "a whole number >= 1", RENAME if value is MISSING else RETYPE)
         return value
 
     def _token_ids(self, messages: list[dict]) -> tuple[int, ...]:
         column = self.columns.prompt
-        try:
-            token_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template raises what it likes, for roles in an order it refuses
-            got = f"{type(error).__name__}: {error}"
-            raise Flaw(column, got, "messages that the chat template accepts", "change the messages") from error
+        token_ids = chat_tokens(column, messages, self.tokenizer)
         if len(token_ids) > self.max_prompt_tokens:
             got, expected = f"{len(token_ids)} tokens", f"at most {self.max_prompt_tokens}"
             raise Flaw(column, got, expected, "raise data.max_prompt_tokens, or remove the record")
         return tuple(token_ids)
 
 
+def chat_tokens(column: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a conversation up to where the assistant begins. Raises Flaw, which names ``column``."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template raises what it likes, for roles in an order it refuses
+        got = f"{type(error).__name__}: {error}"
+        raise Flaw(column, got, "messages that the chat template accepts", "change the messages") from error
+
+
 def _messages(column: str, value: object) -> list[dict]:
     """The value of the prompt column as chat messages, the last one the user's."""
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(messages, list):
-        raise Flaw(column, _show(value), "a string or a list of messages", RENAME if value is MISSING else RETYPE)
+        raise Flaw(column, show(value), "a string or a list of messages", RENAME if value is MISSING else RETYPE)
     for message in messages:
         keys = ("role", "content")
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
-            raise Flaw(column, _show(message), "messages with role and content, both strings", RETYPE)
+            raise Flaw(column, show(message), "messages with role and content, both strings", RETYPE)
     if not messages or messages[-1]["role"] != "user":
         got = "no messages" if not messages else f"a last message of {messages[-1]['role']!r}"
         raise Flaw(column, got, "a last message of 'user'", "end the conversation where the student answers")
@@ -181,27 +189,4 @@ def _answer(column: str, value: object) -> str:
         return str(value)
     if isinstance(value, float | Decimal) and math.isfinite(value):
         return str(int(value)) if value == int(value) else str(value)
-    raise Flaw(column, _show(value), "a string, a number or an object", RENAME if value is MISSING else RETYPE)
-
-
-def _show(value: object, limit: int = 60) -> str:
-    """A value in an error: strings as they are, of the others the type too."""
-    if value is MISSING:
-        return "nothing"
-    text = repr(value) if isinstance(value, str) else f"{type_name(value)}: {value!r}"
-    text = "null" if value is None else text
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _error(path: Path, flaws: list[tuple[int, Flaw]], total: int) -> DataError:
-    """One error for all flaws of a file."""
-    number, flaw = flaws[0]
-    if len(flaws) == 1:
-        what = f"A record cannot be used{': ' + flaw.field if flaw.field else ''}"
-        return DataError(what, where=f"{path}:{number}", got=flaw.got, expected=flaw.expected, fix=flaw.fix)
-    told = [f"\n    {path}:{number}: {flaw}" for number, flaw in flaws[:MOST_FLAWS_TOLD]]
-    more = [f"\n    ... and {len(flaws) - len(told)} more"] if len(flaws) > len(told) else []
-    fixes = dict.fromkeys(flaw.fix for _, flaw in flaws[:MOST_FLAWS_TOLD])
-    return DataError(
-        f"{len(flaws)} of {total} records cannot be used", where=path, got="".join(told + more), fix="; ".join(fixes)
-    )
+    raise Flaw(column, show(value), "a string, a number or an object", RENAME if value is MISSING else RETYPE)

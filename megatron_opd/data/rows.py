@@ -12,6 +12,9 @@ from pathlib import Path
 from megatron_opd.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+BATCH_ROWS = 256  # of a parquet file in memory at once: a row may hold an image
+MOST_FLAWS_TOLD = 10
+MISSING = object()  # a value of its own: a column may hold null
 
 
 class Flaw(Exception):
@@ -56,15 +59,18 @@ def read_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 
 def _lines(path: Path) -> Iterator[Row]:
+    """One after the other; a blank line at the end of the file is none."""
+    held: Row | None = None
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            lines = file.readlines()
+            for number, line in enumerate(file, start=1):
+                if held is not None:
+                    yield held
+                held = Row(number, line)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError("The prompt file cannot be read", where=path, got=error) from error
-    if lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        yield Row(number, line)
+    if held is not None and held.content.strip():
+        yield held
 
 
 def _parse_line(line: bytes) -> dict:
@@ -99,7 +105,7 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names, columns or [])
             number = 0
-            for batch in file.iter_batches(columns=columns):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
                     yield Row(number, record)
@@ -115,7 +121,7 @@ def _check_columns(path: Path, present: list[str], wanted: list[str]) -> None:
             where=path,
             got=", ".join(present),
             expected=", ".join(wanted),
-            fix="set data.columns to the names in the file",
+            fix="set data.columns to the names in the file, or give prepare the format that the file is of",
         )
 
 
@@ -123,3 +129,25 @@ def type_name(value: object) -> str:
     """How JSON calls the type of ``value``."""
     names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def show(value: object, limit: int = 60) -> str:
+    """A value in an error: strings as they are, of the others the type too."""
+    if value is MISSING:
+        return "nothing"
+    text = repr(value) if isinstance(value, str) else f"{type_name(value)}: {value!r}"
+    text = "null" if value is None else text
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def flaws_error(flaws: list[tuple[Path, int, Flaw]], where: Path, total: int) -> DataError:
+    """One error for all flaws (file, row, what), of which the first ten are told; ``total`` rows were looked at."""
+    path, number, flaw = flaws[0]
+    if len(flaws) == 1:
+        what = f"A record cannot be used{': ' + flaw.field if flaw.field else ''}"
+        return DataError(what, where=f"{path}:{number}", got=flaw.got, expected=flaw.expected, fix=flaw.fix)
+    told = [f"\n    {path}:{number}: {flaw}" for path, number, flaw in flaws[:MOST_FLAWS_TOLD]]
+    more = [f"\n    ... and {len(flaws) - len(told)} more"] if len(flaws) > len(told) else []
+    fixes = dict.fromkeys(flaw.fix for _, _, flaw in flaws[:MOST_FLAWS_TOLD])
+    what = f"{len(flaws)} of {total} records cannot be used"
+    return DataError(what, where=where, got="".join(told + more), fix="; ".join(fixes))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +14,15 @@ from megatron_opd.errors import DataError
 from megatron_opd.recipe.balance import random_keys
 from megatron_opd.recipe.difficulty import BetaPosterior
 from megatron_opd.records import Outcome, Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a run has learned of n prompts."""
+
+    prompts: Sequence[Prompt]  # [n]
+    graded: np.ndarray  # [n] int64, rollouts with a known outcome
+    passes: np.ndarray  # [n] int64
 
 
 class PromptStream:
@@ -51,6 +62,18 @@ class PromptStream:
         """The next ``count`` prompts; may cross the end of an epoch."""
         return [self._next() for _ in range(count)]
 
+    def draw(self, count: int) -> list[tuple[str, Prompt]]:
+        """The same, each with the name that ``find`` takes."""
+        return [(prompt.id, prompt) for prompt in self.take(count)]
+
+    def find(self, name: str) -> Prompt:
+        """A prompt that was drawn before."""
+        return self.prompts[self._index[name]]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a prompt of this id."""
+        return name in self._index
+
     def observe(self, outcomes: Iterable[tuple[str, Outcome]]) -> None:
         """Count what became of rollouts: the id of each one's prompt and its outcome. Unknown ones count nothing."""
         graded = [(self._index[prompt], outcome) for prompt, outcome in outcomes if outcome != Outcome.UNKNOWN]
@@ -64,12 +87,19 @@ class PromptStream:
         failures = self.posterior.beta - self._prior[1]
         return np.rint(passes + failures).astype(np.int64), np.rint(passes).astype(np.int64)
 
+    def known(self) -> Known:
+        """What outcomes have told, for all prompts."""
+        return Known(self.prompts, *self.pass_counts())
+
     def state(self) -> dict[str, np.ndarray]:
         """What ``restore`` of a stream with the same prompts and seed needs."""
         return {"position": np.array(self._position), **self.posterior.state_dict()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Go to a position. Raises DataError and changes nothing when the state does not fit these prompts."""
+        if "position" not in state:
+            fix = "set data.stream and data.mixture as they were, or start anew with existing=archive"
+            raise DataError("The saved position is of another kind of stream", got=", ".join(state), fix=fix)
         position = int(state["position"])
         if position < 0:
             raise DataError("A stream cannot start before its beginning", got=position, expected="0 or more")
@@ -118,3 +148,11 @@ class LazyStream(PromptStream):
         keys = random_keys(self._seed, self._position, np.arange(len(self.prompts)))
         uniform = (keys.astype(np.float64) + 0.5) / 2.0**64
         return np.argsort(np.log(uniform) / weights, kind="stable")[::-1][:count].tolist()
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of all prompts, in order: the cursor of a stream means nothing without them."""
+    found = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        found.update(f"{prompt.id}|{prompt.domain}|{prompt.repeats}|{prompt.token_ids}|{prompt.answer}\n".encode())
+    return found.hexdigest()

@@ -37,7 +37,9 @@ def _read(name: str, benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerB
         got = ", ".join(sorted(present)) or f"no value in {column}"
         raise DataError("No record is of the benchmark's domain", where=benchmark.file, got=got, expected=wanted)
     default = name if column is None else None
-    prompts = read_prompts(benchmark.file, columns, default, present, tokenizer, most_tokens, benchmark.template)
+    prompts = read_prompts(
+        benchmark.file, columns, default, present, tokenizer, most_tokens, template=benchmark.template
+    )
     return [replace(item, domain=name, id=f"{name}/{item.id}") for item in prompts if item.domain == wanted]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_opd.config import Config, TeacherConfig
-from megatron_opd.data.inputs import read_inputs
+from megatron_opd.data.inputs import check_inputs
 from megatron_opd.data.tokenizer import load_tokenizer, same_template, same_tokenizer
 from megatron_opd.engines.command import check_engine_python, resolve_device
 from megatron_opd.engines.vllm_command import check_vllm_python
@@ -31,7 +31,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
     yield from size_mistakes(config, read_hf_config(config.student.model))
     yield from fit_mistakes(config)
     yield from tokenizer_mistakes(config)
-    yield from attempt(lambda: read_inputs(config, load_tokenizer(config.student.model)))
+    yield from attempt(lambda: check_inputs(config, load_tokenizer(config.student.model)))
 
 
 def frozen_models(config: Config) -> dict[str, TeacherConfig]:

@@ -17,8 +17,8 @@ from megatron_opd.config import Config
 from megatron_opd.coordinator.app import BatchBoard
 from megatron_opd.coordinator.loop import Loop
 from megatron_opd.coordinator.stages import Stages
-from megatron_opd.coordinator.state import Progress, fingerprint, read
-from megatron_opd.data.stream import PromptStream
+from megatron_opd.coordinator.state import Progress, read
+from megatron_opd.data.stream import PromptStream, fingerprint
 from megatron_opd.observe.activity import Activity
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.records import Outcome, Prompt, Rollout, Scored, Verified

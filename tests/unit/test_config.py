@@ -120,6 +120,10 @@ def test_null_switches_a_part_off_and_a_value_switches_it_on() -> None:
         (["balance.ration=1"], "did you mean ratio?"),
         (["balance.ratio=0"], "balance.ratio: got 0"),
         (["data.lazy.priors=1"], "did you mean prior?"),
+        (["data.mixture={math: 1}"], "must name each domain of teachers (code, math)"),
+        (["data.mixture={math: 1, code: 0}"], "data.mixture.code: got 0"),
+        (["data.stream.window_mb=8"], "stream needs columns.id"),
+        (["data.stream.window_mb=8", "data.columns.id=id", "data.lazy.prior=[1,1]"], "leave stream or lazy out"),
     ],
 )
 def test_parts_of_the_recipe_that_do_not_fit_are_told(overrides: list[str], said: str) -> None:

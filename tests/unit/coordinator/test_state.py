@@ -9,8 +9,8 @@ import pytest
 
 from megatron_opd.config import LazyConfig
 from megatron_opd.coordinator.evaluate import Accuracy
-from megatron_opd.coordinator.state import STATE, STREAM, Progress, Refreshes, Totals, fingerprint, read, write
-from megatron_opd.data.stream import LazyStream, PromptStream
+from megatron_opd.coordinator.state import STATE, STREAM, Progress, Refreshes, Totals, read, write
+from megatron_opd.data.stream import LazyStream, PromptStream, fingerprint
 from megatron_opd.errors import CheckpointError, DataError
 from megatron_opd.records import Outcome, Prompt
 from megatron_opd.runtime.messages import RefreshReport
