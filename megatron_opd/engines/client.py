@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from aiohttp import BytesPayload
+
+from megatron_opd.engines.request_json import request_json
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import READY_S, fetch, new_session, parse_json, wait_until_ready
 
@@ -59,7 +62,8 @@ class EngineClient:
     ) -> dict:
         limit_s = self.deadline_s(prompt_tokens, new_tokens)
         url = self.url + path
-        _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
+        data = BytesPayload(request_json(body), content_type="application/json")
+        _, answer = await fetch(self._session, "POST", url, data=data, max_bytes=max_bytes, timeout_s=limit_s)
         return parse_json(answer, url, self.read_answer)
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:

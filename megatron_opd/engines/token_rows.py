@@ -14,6 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
 
+# arrow asks who handles an interrupt before each read, and Python answers with the text of asyncio's main task and of
+# all that it waits for: up to a millisecond.
+pa.enable_signal_handlers(False)
+
 FIELDS = ("input_token_logprobs", "output_token_logprobs")
 # A quotation mark inside a JSON string is escaped, so this matches keys only. Without spaces, as SGLang writes it:
 # an answer written otherwise is read as JSON.
