@@ -1,4 +1,4 @@
-"""The body of a request as JSON, where token ids are an array: 3 ns for an id instead of the 50 of a list of ints."""
+"""Token ids as JSON, from an array: 3 ns for an id in a request instead of the 50 of a list of ints."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from functools import lru_cache
 
 import numpy as np
 
+LARGEST_BITS = 20  # of ids that are looked up in a table; no vocabulary needs more, and a table must stay small
+
 
 def request_json(body: Mapping[str, object]) -> bytes:
     """``json.dumps`` for a body of which some values may be arrays of token ids, [n] integers, at least 0."""
     return b"{" + b", ".join(_text(name) + b": " + _text(value) for name, value in body.items()) + b"}"
 
 
+def ids_text(ids: np.ndarray) -> bytes:
+    """``7,8,9`` of [n] integers, each after as many blanks as make them equally wide. Raises ValueError below 0."""
+    if not len(ids):
+        return b""
+    smallest, bits = int(ids.min()), int(ids.max()).bit_length()
+    if smallest < 0:  # it would be looked up from the table's end
+        raise ValueError(f"a token id is {smallest}")
+    if bits > LARGEST_BITS:
+        return json.dumps(ids.tolist())[1:-1].encode()
+    return _table(bits)[ids].tobytes()[:-1]
+
+
 def _text(value: object) -> bytes:
-    if not isinstance(value, np.ndarray):
-        return json.dumps(value).encode()
-    if not len(value):
-        return b"[]"
-    if value.min() < 0:  # it would be looked up from the table's end
-        raise ValueError(f"the token id {value.min()}, which is below 0")
-    return b"[" + _table(int(value.max()).bit_length())[value].tobytes()[:-1] + b"]"
+    return b"[" + ids_text(value) + b"]" if isinstance(value, np.ndarray) else json.dumps(value).encode()
 
 
 @lru_cache(maxsize=4)

@@ -82,7 +82,7 @@ class SGLangClient(EngineClient):
             raise EngineError("The server's response is malformed", where=self.url, got=repr(error)) from error
 
     def _parse_generation(self, reply: dict, top_ids: int) -> Generation:
-        meta, token_ids = reply["meta_info"], np.array(reply["output_ids"], dtype=np.int64)
+        meta, token_ids = reply["meta_info"], np.asarray(reply["output_ids"], dtype=np.int64)
         finish = meta["finish_reason"]
         if finish["type"] == "abort":
             raise TransientError("The server aborted a response", where=self.url, got=finish.get("message"))

@@ -113,11 +113,11 @@ async def test_the_order_is_that_of_the_prompts_whichever_is_ready_first() -> No
 @pytest.mark.parametrize("order", [None, "after_scoring", "before_scoring"])
 async def test_a_sample_is_scored_before_its_group_is_verified_where_balancing_allows(order: str | None) -> None:
     class LateVerifiers(FakeVerifiers):
-        async def verify(self, domain: str, response: str, reference: str) -> Verdict:
+        async def verify(self, prompt: Prompt, response: str) -> Verdict:
             if response == "r3":
                 await asyncio.sleep(0.05)
                 scored_early.append(teachers.scored)
-            return await super().verify(domain, response, reference)
+            return await super().verify(prompt, response)
 
     teachers, scored_early = WillingTeachers(), []
     balancing = None if order is None else BalanceConfig(order=order)

@@ -10,7 +10,7 @@ import pytest
 from megatron_opd.engines.request_json import request_json
 
 
-@pytest.mark.parametrize("ids", [[], [0], [7, 0, 8], [1023, 1024, 9, 151935], [2**17 - 1, 2**17]])
+@pytest.mark.parametrize("ids", [[], [0], [7, 0, 8], [1023, 1024, 9, 151935], [2**17 - 1, 2**17], [2**40, 3]])
 def test_an_array_of_ids_is_read_back_as_the_same_list(ids: list[int]) -> None:
     body = {"input_ids": np.array(ids, dtype=np.int64), "parameters": {"n": 2}, 'a "name"': None}
     assert json.loads(request_json(body)) == {"input_ids": ids, "parameters": {"n": 2}, 'a "name"': None}
