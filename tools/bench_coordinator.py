@@ -35,8 +35,10 @@ from megatron_opd.coordinator.loop import Loop
 from megatron_opd.coordinator.stages import Stages
 from megatron_opd.data.stream import PromptStream
 from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.engines.connect import new_pool
 from megatron_opd.engines.rollout import RolloutEngine
-from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.observe.activity import Activity
+from megatron_opd.observe.prometheus import Exposition
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.records import Prompt
 from megatron_opd.runtime.env import TOKEN, token
@@ -74,6 +76,7 @@ def config_of(size: Size, folder: Path) -> Config:
         *(f"rollout.max_new_tokens={size.tokens}", "rollout.max_staleness=1", "refresh.pause=retract"),
         *(f"student.data_parallel={RANKS}", "student.row_tokens=16384", "data.eval=null"),
         *("verifiers.kinds.math=none", "verifiers.kinds.code=none", "verifiers.workers=1", "verifiers.timeout_s=600"),
+        *("engine.request_timeout_s=600", "engine.max_concurrency=8"),
     ]
     return load_config(ROOT / "conf" / "toy.yaml", changes)
 
@@ -81,24 +84,23 @@ def config_of(size: Size, folder: Path) -> Config:
 async def drive(size: Size, folder: Path) -> dict[str, float]:
     """One run; what a step of it cost."""
     config, board = config_of(size, folder), BatchBoard()
-    run = RunDirectory.create(config, Endpoints("", {}, "", None, "", 0))
+    run = RunDirectory.create(config, Endpoints("", [], {}, [], "", 0))
     tokenizer = load_tokenizer(config.student.model)
     prompts = [Prompt(f"p{i}", "math", "?", PROMPT, "1") for i in range(size.prompts * size.steps)]
     own, other = free_port(), free_port()
     async with AsyncExitStack() as stack:
-        runner = web.AppRunner(make_app(board, token()), access_log=None)
+        runner = web.AppRunner(make_app(board, token(), Exposition()), access_log=None)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", own).start()
-        client = SGLangClient(f"http://127.0.0.1:{other}", timeout_s=600, max_concurrency=8)
-        stack.push_async_callback(client.close)
-        verifiers = VerifierPool(config.verifiers.kinds, 1, config.verifiers.timeout_s)
+        pool = new_pool(stack, "both", config.engine, config.rollout.server, [f"http://127.0.0.1:{other}"])
+        verifiers = VerifierPool(config.verifiers)
         stack.push_async_callback(verifiers.close)
         vocabulary = len(tokenizer)
         teachers = TeacherPool(
-            [Teacher("math", client, vocabulary)], 1, reference=None, top_k=0, student_vocab_size=vocabulary
+            [Teacher("math", pool, vocabulary, {})], 1, reference=None, top_k=0, student_vocab_size=vocabulary
         )
-        engine = RolloutEngine(client, tokenizer, 1)
+        engine = RolloutEngine(pool, tokenizer, 1)
         loop = Loop(
             config=config,
             stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed),
@@ -109,6 +111,7 @@ async def drive(size: Size, folder: Path) -> dict[str, float]:
             held_out=[],
             board=board,
             recorder=Recorder(run.events, run.metrics),
+            activity=Activity(run.activity),
             run_directory=run,
             prompts="",
         )

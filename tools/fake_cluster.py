@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 
 import aiohttp
@@ -21,6 +22,7 @@ from megatron_opd.runtime.messages import RefreshReport
 
 PROMPT = tuple(range(20, 84))
 VERSION = "@@@@@@"  # replaced by digits of the same width
+NAME = "@request@"  # replaced by the name that the request has
 
 
 class Cluster:
@@ -35,7 +37,7 @@ class Cluster:
             ids[0] = 3 + number
             rows = [_rows(rng, ids) for _ in range(2)]
             self._sampled.append([part.encode() for part in _generation(ids, rows[0]).split(VERSION)])
-            self._scored.append(_scoring(ids, rows[1]).encode())
+            self._scored.append([part.encode() for part in _scoring(ids, rows[1]).split(NAME)])
 
     async def generate(self, request: web.Request) -> web.Response:
         """One group, or the scores of one response."""
@@ -45,14 +47,18 @@ class Cluster:
             replies = b",".join(version.join(parts) for parts in self._sampled)
             return web.Response(body=b"[" + replies + b"]", content_type="application/json")
         first = body[:2000].split(b",")[len(PROMPT)]
-        return web.Response(body=self._scored[int(first) - 3], content_type="application/json")
+        name = re.search(rb'"rid": ?"(\w+)"', body).group(1)
+        return web.Response(body=name.join(self._scored[int(first) - 3]), content_type="application/json")
 
     async def train(self, coordinator: str, ranks: int) -> None:
         """Take the batches of all ranks and report the next weights, until the run is over."""
         headers = {"Authorization": f"Bearer {token()}"}
         async with aiohttp.ClientSession(headers=headers) as session:
             while True:
-                report = RefreshReport(version=self.version, refresh_s=0.0, refresh_bytes=1, probe_difference=0.0)
+                training = {"time/train_s": 0.0} if self.version else {}
+                report = RefreshReport(
+                    version=self.version, refresh_s=0.0, refresh_bytes=1, probe_difference=0.0, training=training
+                )
                 async with session.post(f"{coordinator}/v1/refreshed", json=report.model_dump()) as answer:
                     answer.raise_for_status()
                 for rank in range(ranks):
@@ -90,7 +96,12 @@ def _generation(ids: np.ndarray, rows: list) -> str:
 
 def _scoring(ids: np.ndarray, rows: list) -> str:
     finish = {"type": "length", "length": 0}
-    meta = {"finish_reason": finish, "prompt_tokens": len(PROMPT) + len(ids), "cached_tokens": len(PROMPT) - 1}
+    meta = {
+        "finish_reason": finish,
+        "prompt_tokens": len(PROMPT) + len(ids),
+        "cached_tokens": len(PROMPT) - 1,
+        "id": NAME,
+    }
     echoed = [[None, PROMPT[-1], None], *rows]
     return _json({"text": "", "output_ids": [], "meta_info": meta | {"input_token_logprobs": echoed}})
 

@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from aiohttp import BytesPayload
+
+from megatron_opd.engines.request_json import request_json
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import READY_S, fetch, new_session, parse_json, wait_until_ready
 
@@ -65,8 +68,9 @@ class EngineClient:
         self, path: str, body: dict, *, prompt_tokens: int = 0, new_tokens: int = 0, max_bytes: int = CONTROL_BYTES
     ) -> dict:
         limit_s, url = self.deadline_s(prompt_tokens, new_tokens), self.url + path
+        data = BytesPayload(request_json(body), content_type="application/json")
         async with self._places if prompt_tokens else nullcontext():
-            _, answer = await fetch(self._session, "POST", url, json=body, max_bytes=max_bytes, timeout_s=limit_s)
+            _, answer = await fetch(self._session, "POST", url, data=data, max_bytes=max_bytes, timeout_s=limit_s)
         return parse_json(answer, url, self.read_answer)
 
     def _check(self, ok: bool, what: str, got: object, expected: object) -> None:

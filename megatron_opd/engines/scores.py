@@ -5,12 +5,15 @@ Legend: P prompt tokens, R response tokens, N = P + R, K most likely tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from megatron_opd.records import TopRows
+
+TokenIds = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class ScoringClient(Protocol):
 
     url: str
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(self, token_ids: TokenIds, start: int, top_k: int = 0) -> dict:
         """Raw reply with log-probs of positions ``start``.. of ``token_ids``. Raises EngineError."""
 
     def read_scores(self, reply: dict, request: ScoreRequest, require: Require) -> PromptScores:

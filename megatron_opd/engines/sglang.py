@@ -9,7 +9,7 @@ import numpy as np
 from megatron_opd.engines import sglang_scores
 from megatron_opd.engines.client import EngineClient
 from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
-from megatron_opd.engines.scores import Served
+from megatron_opd.engines.scores import Served, TokenIds
 from megatron_opd.engines.token_rows import parse_answer, split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
@@ -82,7 +82,7 @@ class SGLangClient(EngineClient):
             raise EngineError("The server's response is malformed", where=self.url, got=repr(error)) from error
 
     def _parse_generation(self, reply: dict, top_ids: int) -> Generation:
-        meta, token_ids = reply["meta_info"], np.array(reply["output_ids"], dtype=np.int64)
+        meta, token_ids = reply["meta_info"], np.asarray(reply["output_ids"], dtype=np.int64)
         finish = meta["finish_reason"]
         if finish["type"] == "abort":
             raise TransientError("The server aborted a response", where=self.url, got=finish.get("message"))
@@ -115,14 +115,14 @@ class SGLangClient(EngineClient):
 
     # ---------------------------------------------------------------- scoring
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(self, token_ids: TokenIds, start: int, top_k: int = 0) -> dict:
         """Raw reply to a request that samples nothing and returns log-probs of positions ``start``.. of ``token_ids``.
 
         The log-probs are those of temperature 1, whatever a request asks for. ``top_k`` adds rows of as many most
         likely tokens, in base64; above the model's vocabulary it ends the whole server.
         """
         body = {
-            "input_ids": token_ids,
+            "input_ids": np.asarray(token_ids),
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "return_logprob": True,
             "logprob_start_len": start,

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_opd.engines import vllm_scores
 from megatron_opd.engines.client import EngineClient
 from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
-from megatron_opd.engines.scores import Served
+from megatron_opd.engines.scores import Served, TokenIds
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, SMALLEST_LOGPROB
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import BadReply
@@ -29,14 +29,14 @@ class VLLMClient(EngineClient):
         longest = model["max_model_len"] - 1  # a scoring request samples one token, which it throws away
         return Served(model["root"], None, longest, reply_model=model["id"])
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(self, token_ids: TokenIds, start: int, top_k: int = 0) -> dict:
         """Raw reply to a request that returns log-probs of all of ``token_ids``: vLLM knows no ``start``.
 
         They are those of temperature 1 (``--logprobs-mode raw_logprobs``, its default). A ``top_k`` above the server's
         ``--max-logprobs`` is refused.
         """
         body = {"prompt_logprobs": top_k, "max_tokens": 0, "echo": True, "temperature": 0.0}
-        return await self._complete(token_ids, body, 1, vllm_scores.longest_answer(len(token_ids), top_k))
+        return await self._complete(np.asarray(token_ids), body, 1, vllm_scores.longest_answer(len(token_ids), top_k))
 
     async def generate(
         self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling, top_ids: int = 0
@@ -73,7 +73,7 @@ class VLLMClient(EngineClient):
         versions = np.full(len(token_ids), -1, dtype=np.int64)  # its weights are never refreshed
         return Generation(token_ids, logprobs, versions, finish, None)
 
-    async def _complete(self, prompt: list[int], body: dict, new_tokens: int, max_bytes: int) -> dict:
+    async def _complete(self, prompt: list[int] | np.ndarray, body: dict, new_tokens: int, max_bytes: int) -> dict:
         name = uuid.uuid4().hex
         body = body | {"prompt": prompt, "return_token_ids": True, "request_id": name}
         reply = await self._post(

@@ -47,7 +47,7 @@ async def fetch(
     url: str,
     *,
     json: object = None,
-    data: bytes | None = None,
+    data: bytes | aiohttp.Payload | None = None,
     max_bytes: int | None = None,
     timeout_s: float | None = None,
 ) -> tuple[int, bytes]:

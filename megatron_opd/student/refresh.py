@@ -229,7 +229,7 @@ class WeightRefresh:
             )
 
     async def _check_probe(self, engine: WeightClient, ours: np.ndarray, version: int) -> float:
-        reply = await engine.prompt_logprobs(self._probe.tolist(), start=0)
+        reply = await engine.prompt_logprobs(self._probe, start=0)
         theirs = split_rows(reply["meta_info"]["input_token_logprobs"])[0][1:]
         difference = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
         if not difference <= self._config.probe_tolerance:  # also true for NaN

@@ -63,7 +63,7 @@ async def score(client: ScoringClient, request: ScoreRequest, served: Served | N
     Raises ScoringError when the answer breaks the contract, EngineError or TransientError when there is none.
     """
     require = _requirement(client)
-    reply = await client.prompt_logprobs(request.token_ids.tolist(), start=request.start, top_k=request.top_k)
+    reply = await client.prompt_logprobs(request.token_ids, start=request.start, top_k=request.top_k)
     try:
         found = client.read_scores(reply, request, require)
         _check_account(found, request, require)

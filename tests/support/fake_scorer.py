@@ -27,7 +27,7 @@ class FakeScorer:
         self.replies, self.requests = list(replies), []
 
     async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
-        self.requests.append((token_ids, start, top_k))
+        self.requests.append((list(token_ids), start, top_k))
         reply = self.replies.pop(0)
         if isinstance(reply, Exception):
             raise reply

@@ -18,6 +18,7 @@ from megatron_opd.runtime.http import TransientError
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 Answer = TypeVar("Answer")
+DEPARTURE_S = 0.005  # for a request to leave before gathering keeps this thread busy
 ANSWER_S = 10.0  # for an engine to answer what costs it nothing
 
 
@@ -43,6 +44,7 @@ class Transport(ABC):
 
     def __init__(self, config: RefreshConfig, place: Place) -> None:
         self._config, self._place = config, place
+        self._ranks: dict[WeightClient, int] = {}  # of each engine, as far as they were asked for
 
     @abstractmethod
     async def send(
@@ -53,11 +55,17 @@ class Transport(ABC):
         One engine's failure is told in the result; what fails here raises RefreshError, with no engine touched.
         """
 
-    def forget(self, engine: WeightClient) -> None:  # noqa: B027 - most ways have nothing to forget
-        """This engine was started again, or was out: what it was told before is void."""
+    def forget(self, engine: WeightClient) -> None:
+        """This engine was started again, or was out: what it was told, or said, before is void."""
+        self._ranks.pop(engine, None)
 
-    async def close(self) -> None:  # noqa: B027 - as above
+    async def close(self) -> None:  # noqa: B027 - most ways leave nothing
         """Leave nothing behind, at the engines or here."""
+
+    async def _ask_ranks(self, engine: WeightClient) -> None:
+        """Fill ``_ranks``; the question takes an engine longer than a bucket of 50 MB."""
+        if engine not in self._ranks:
+            self._ranks[engine] = await engine.tensor_parallel()
 
 
 def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[tuple[NamedTensors, bool]]:

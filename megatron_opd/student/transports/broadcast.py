@@ -29,11 +29,19 @@ from torch.distributed.distributed_c10d import (
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import EngineError, OpdError, RefreshError
 from megatron_opd.runtime.http import TransientError
-from megatron_opd.student.transports.base import NamedTensors, Sent, Transport, buckets, described, each, soon
+from megatron_opd.student.transports.base import (
+    DEPARTURE_S,
+    NamedTensors,
+    Sent,
+    Transport,
+    buckets,
+    described,
+    each,
+    soon,
+)
 
 Parting = Callable[[Iterable[WeightClient]], Awaitable[None]]
 
-DEPARTURE_S = 0.005  # for a request to leave before gathering keeps this thread busy
 PARTING_S = 10.0  # for an engine to notice that its group is dead
 
 
@@ -80,6 +88,7 @@ class Broadcast(Transport):
         return sent
 
     def forget(self, engine: WeightClient) -> None:
+        super().forget(engine)
         self._stale = self._stale or (self._group is not None and engine in self._group.members)
 
     async def close(self) -> None:
@@ -143,14 +152,9 @@ class Broadcast(Transport):
             return {}
         self._drop()
         await self._clean_up(engines)
-        sizes: dict[WeightClient, int] = {}
-
-        async def ask(engine: WeightClient) -> None:
-            sizes[engine] = await engine.tensor_parallel()
-
-        if failed := await each(engines, ask):
+        if failed := await each(engines, self._ask_ranks):
             return failed
-        world, offset = 1 + sum(sizes.values()), 1
+        world, offset = 1 + sum(self._ranks[engine] for engine in engines), 1
         backend = "nccl" if dist.get_backend() == "nccl" else "gloo"
         # A name of its own: an engine that outlives a killed run may still know that one's group.
         name = f"megatron_opd_{secrets.token_hex(4)}"
@@ -160,7 +164,7 @@ class Broadcast(Transport):
         for engine in engines:
             request = engine.join_weight_group(host, port, offset, world, backend, name)
             joining[asyncio.create_task(request)] = engine
-            offset += sizes[engine]
+            offset += self._ranks[engine]
         opening = asyncio.create_task(asyncio.to_thread(_open_group, name, backend, host, port, world, timeout))
 
         async def close_store(_: Iterable[WeightClient]) -> None:

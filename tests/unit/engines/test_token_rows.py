@@ -69,3 +69,17 @@ def test_empty_rows_and_other_answers_are_left_to_json() -> None:
 def test_malformed_rows_are_an_error(rows: str) -> None:
     with pytest.raises(ValueError):
         parse_answer(b'{"meta_info":{"output_token_logprobs":' + rows.encode() + b"}}")
+
+
+@pytest.mark.parametrize("ids", [[8, 151935], [8, 9], [8], [8, 151935, 1]])
+def test_the_ids_of_a_response_are_its_own_whatever_its_rows_say(ids: list[int]) -> None:
+    answer = {"output_ids": ids, "meta_info": {"output_token_logprobs": [[-0.5, 8, None], [-1.5, 151935, None]]}}
+    found = parse_answer(json.dumps(answer, separators=(",", ":")).encode())
+    assert list(found["output_ids"]) == ids
+    assert isinstance(found["output_ids"], np.ndarray) == (ids == [8, 151935])
+
+
+@pytest.mark.parametrize("body", [b'{"output_ids":3,"meta_info":{}}', b'{"meta_info":{"output_token_logprobs":0}}'])
+def test_a_number_in_the_place_of_rows_or_ids_is_an_error(body: bytes) -> None:
+    with pytest.raises(ValueError, match="is a number"):
+        parse_answer(body)
