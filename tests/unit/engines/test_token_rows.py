@@ -34,7 +34,7 @@ def test_an_answer_is_what_json_reads(replies: list, single: bool, spaced: bool)
     found = parse_answer(body)
     assert isinstance(found, dict) == single
     for reply, plain in zip([found] if single else found, [answer] if single else answer, strict=True):
-        assert reply["text"] == plain["text"] and reply["output_ids"] == plain["output_ids"]
+        assert reply["text"] == plain["text"] and list(reply["output_ids"]) == plain["output_ids"]
         for name, expected in plain["meta_info"].items():
             assert isinstance(reply["meta_info"][name], list if spaced else TokenRows)
             logprobs, ids = split_rows(reply["meta_info"][name])
