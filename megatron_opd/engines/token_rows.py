@@ -17,7 +17,7 @@ import pyarrow.csv as csv
 from megatron_opd.engines.request_json import ids_text
 
 # arrow asks who handles an interrupt before each read, and Python answers with the text of asyncio's main task and of
-# all that it waits for: up to a millisecond.
+# all that it waits for, arrays included.
 pa.enable_signal_handlers(False)
 
 FIELDS = ("input_token_logprobs", "output_token_logprobs")
