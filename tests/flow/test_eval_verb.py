@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
+import torch
+from safetensors.torch import load_file
 
 from megatron_opd.convert.command import to_megatron
 from megatron_opd.convert.console import ConversionConsole
@@ -113,6 +114,6 @@ def test_a_megatron_checkpoint_is_converted_and_the_copy_goes_away(tmp_path: Pat
     assert model.checkpoint is not None and model.digest() != find_model(MODELS / "math", None).digest()
     with model.servable(tmp_path / "copy") as folder:
         ours, theirs = (load_file(place / "model.safetensors") for place in (folder, MODELS / "math"))
-        assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert find_model(folder, None).folder == folder
     assert not (tmp_path / "copy").exists()
