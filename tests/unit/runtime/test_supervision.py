@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megatron_opd.errors import EngineError
-from megatron_opd.runtime.supervision import StoppedBySignal, signals_cancel, signals_raise
+from megatron_opd.runtime.supervision import StoppedBySignal, signals_cancel, signals_raise, signals_wait
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -53,3 +53,14 @@ def test_other_errors_and_cancellations_pass() -> None:
     for error in (EngineError("no answer"), asyncio.CancelledError()):
         with pytest.raises(type(error)):
             asyncio.run(fail(error))
+
+
+def test_a_signal_during_a_clean_up_waits_for_its_end() -> None:
+    done = []
+    with pytest.raises(StoppedBySignal), signals_raise(), signals_wait():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        done.append(True)
+    assert done == [True]
+    with signals_wait():
+        pass
