@@ -210,6 +210,13 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(rows)
 
 
+def write_document(results: dict[str, dict]) -> None:
+    """Put the table into its place."""
+    text = DOCUMENT.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", choices=[[], *FAULTS], metavar="FAULT")
@@ -232,10 +239,8 @@ def main() -> int:
             failed |= not seen.well
             results[name] = vars(seen)
             file.write_text(json.dumps(results, indent=1) + "\n")
+            write_document(results)
             print(f"{'ok' if seen.well else 'FAILED'}  {name}: {seen}", flush=True)
-    text = DOCUMENT.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}")
     return int(failed)
 
 
