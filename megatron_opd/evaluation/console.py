@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from megatron_opd import __version__
@@ -46,7 +45,7 @@ class EvaluationConsole(SamplingConsole):
 
     def scores(self, found: Mapping[str, Scores]) -> None:
         """A row for each benchmark."""
-        table = _table("problems", "avg@n (s.e.)", INTERVAL, "pass@k", "tokens", "cut", "unknown")
+        table = _table("m x n", "avg (s.e.)", INTERVAL, "pass@k", "tokens", "cut", "unknown")
         for name, scores in found.items():
             most = max(scores.pass_at, default=None)
             table.add_row(
@@ -71,7 +70,7 @@ class EvaluationConsole(SamplingConsole):
         self._say(f"A = {names[0]}\nB = {names[1]}")
         for note in notes:
             self._warn(f"not done alike: {note}")
-        table = _table("problems", "A", "B", "B - A (s.e.)", INTERVAL, "p", "better", "worse")
+        table = _table("m", "A", "B", "B - A (s.e.)", INTERVAL, "p", "won:lost")
         for name, row in found.items():
             table.add_row(name, *_comparison_cells(row))
         self._console.print(table)
@@ -81,7 +80,14 @@ class EvaluationConsole(SamplingConsole):
 
 
 def _table(*columns: str) -> Table:
-    table = Table(title="per cent of responses that are correct", title_justify="left", box=SIMPLE_HEAD)
+    """Narrow enough for a terminal of 80 characters; m problems, n responses of each."""
+    table = Table(
+        title="per cent of responses that are correct",
+        title_justify="left",
+        box=None,
+        padding=(0, 0, 0, 2),
+        pad_edge=False,
+    )
     table.add_column("benchmark", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -91,7 +97,7 @@ def _table(*columns: str) -> Table:
 def _comparison_cells(row: Comparison) -> list[str]:
     gap = row.difference
     if gap is None:
-        return ["0", *[NOTHING] * 7]
+        return ["0", *[NOTHING] * 6]
     mean = gap.estimate
     return [
         str(mean.problems),
@@ -99,9 +105,8 @@ def _comparison_cells(row: Comparison) -> list[str]:
         f"{100 * row.second:.1f}",
         f"{100 * mean.value:+.1f} ({_error(mean)})",
         _interval(mean),
-        f"{'' if gap.exact else '~'}{gap.p_value:.4f}",
-        str(gap.better),
-        str(gap.worse),
+        f"{'' if gap.exact else '~'}{gap.p_value:{'.4f' if gap.p_value >= 1e-4 else '.0e'}}",
+        f"{gap.better}:{gap.worse}",
     ]
 
 
@@ -114,4 +119,4 @@ def _error(value: Estimate | None) -> str:
 
 
 def _interval(value: Estimate | None) -> str:
-    return NOTHING if value is None else f"{100 * value.low:.1f} .. {100 * value.high:.1f}"
+    return NOTHING if value is None else f"{100 * value.low:.1f}..{100 * value.high:.1f}"

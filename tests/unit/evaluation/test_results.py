@@ -75,10 +75,10 @@ def test_other_problems_are_not_compared(tmp_path: Path, other: list[Problem], t
 
 def test_what_a_person_sees(tmp_path: Path) -> None:
     output = io.StringIO()
-    console = EvaluationConsole(Console(file=output, width=100, soft_wrap=True))
+    console = EvaluationConsole(Console(file=output, width=80, soft_wrap=True))
     console.scores({"a": score([*KNOWN, *UNKNOWN], [1, 2], 0), "b": score([problem(4, [-1])], [1], 0)})
     rows = [line.split() for line in output.getvalue().splitlines()]
-    assert ["a", "4", "x", "4", "50.0", "(28.9)", "0.0", "..", "100.0", "41.7", "@2", "2", "25.0", "43.8"] in rows
+    assert ["a", "4", "x", "4", "50.0", "(28.9)", "0.0..100.0", "41.7", "@2", "2", "25.0", "43.8"] in rows
     assert any(row[:6] == ["b", "1", "x", "1", "-", "(-)"] for row in rows)
     first, second = save(tmp_path, "a", [*KNOWN, *UNKNOWN]), save(tmp_path, "b", [*KNOWN, *UNKNOWN])
     console.comparison(("models/a", "models/b"), compare(first, second)[2], ["limit: 3 and 4"])
