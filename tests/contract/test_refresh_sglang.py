@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,16 @@ def found(servers, tensor_parallel_engine: str, tmp_path_factory: pytest.TempPat
             timeout=300,
         )
     assert done.returncode == 0, log.read_text()[-6000:]
+    _put_back(servers.rollout)
     return json.loads((work / "found.json").read_text())
+
+
+def _put_back(url: str) -> None:
+    """The shared engine serves its own model again: a refresh from files changes the path that it tells, too."""
+    body = json.dumps({"model_path": "tools/toy/models/student", "weight_version": "default"}).encode()
+    request = urllib.request.Request(f"{url}/update_weights_from_disk", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["success"]
 
 
 @pytest.mark.parametrize("mode", ["broadcast", "disk", "tensor"])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,14 @@ def test_an_evaluation_is_stopped_goes_on_and_is_compared(servers: Servers, run_
 
 
 def test_a_megatron_checkpoint_is_converted_and_the_copy_goes_away(tmp_path: Path) -> None:
+    # In a process of its own: a conversion ends everything below its process, here the shared servers too.
+    child = get_context("spawn").Process(target=convert_and_compare, args=(tmp_path,))
+    child.start()
+    child.join(200)
+    assert child.exitcode == 0
+
+
+def convert_and_compare(tmp_path: Path) -> None:
     to_megatron(MODELS / "math", tmp_path / "checkpoint", [], ConversionConsole())
     model = find_model(tmp_path / "checkpoint", None)
     assert model.checkpoint is not None and model.digest() != find_model(MODELS / "math", None).digest()
