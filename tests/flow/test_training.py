@@ -57,14 +57,14 @@ def test_a_short_run_leaves_a_summary_metrics_and_a_model(servers: Servers, run_
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(servers: Servers, run_train) -> None:
-    # One step: until its end the rollout engine holds the student's first weights, so it can be the teacher as well.
+    # The math teacher learns from itself: the rollout engine gets its weights with the first refresh.
     # Plain distillation: a margin above 0 is an outcome reward, which a student that equals its teacher still gets.
-    student = "tools/toy/models/student"
-    settings = (f"model={student}", f"server.urls=[{servers.rollout}]")
+    model = "tools/toy/models/math"
+    settings = (f"model={model}", f"server.urls=[{servers.math}]")
     teachers = [f"teachers.{domain}.{setting}" for domain in ("math", "code") for setting in settings]
-    engine = f"rollout.server.urls=[{servers.rollout}]"
+    engine = [f"student.model={model}", f"rollout.server.urls=[{servers.rollout}]"]
     plain = "conf/recipe/opd.yaml"
-    run = run_train("nothing", plain, engine, *teachers, *SMALL, "steps=1", "evaluation.teachers=false")
+    run = run_train("nothing", plain, *engine, *teachers, *SMALL, "steps=1", "evaluation.teachers=false")
     assert finish(run) == 0, run.text()
     (row,) = run.metrics()
     assert row["opd/abs_gap"] <= 1e-3 and row["opd/abs_advantage"] <= 1e-3
