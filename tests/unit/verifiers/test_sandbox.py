@@ -19,6 +19,8 @@ from megatron_opd.verifiers.base import Verdict
 from megatron_opd.verifiers.code import CodeVerifier
 from megatron_opd.verifiers.sandbox import levels, process
 
+from runs import command_of
+
 FORMS = {
     "calls": {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 3]},
     "assertions": {"test": "def check(f):\n    assert f(1) == 2\n    assert f(2) == 3", "entry_point": "f"},
@@ -152,8 +154,7 @@ def test_bombs(bomb):
     for level in WORKING:
         found = verdict(BOMBS[bomb], FORMS["assertions"], level, limit=1.5)
         assert found.outcome is Outcome.INCORRECT, (level, found)
-    left = [child.cmdline() for child in psutil.Process().children(recursive=True)]
-    assert not any("forker.py" in " ".join(command) for command in left)
+    assert not any("forker.py" in command_of(child) for child in psutil.Process().children(recursive=True))
 
 
 @pytest.mark.parametrize("level", WORKING)

@@ -16,6 +16,8 @@ from megatron_opd.records import Outcome, Prompt
 from megatron_opd.verifiers import Verdict
 from megatron_opd.verifiers.pool import VerifierPool
 
+from runs import command_of
+
 CONFIG = VerifierConfig(kinds={"math": "math", "code": "code", "chat": "none"}, workers=2, timeout_s=2.0)
 HANGS = r"\boxed{9^{9^{9^{9}}}}"  # sympy computes it
 SUM = json.dumps({"fn_name": "f", "inputs": [[[1, 2]]], "outputs": [3]})
@@ -27,7 +29,7 @@ def ask(pool: VerifierPool, domain: str, response: str, reference: str) -> Await
 
 def workers(parent: int | None = None) -> list[psutil.Process]:
     children = psutil.Process(parent).children()
-    return [child for child in children if "megatron_opd.verifiers.worker" in child.cmdline()]
+    return [child for child in children if "megatron_opd.verifiers.worker" in command_of(child)]
 
 
 def alive(processes: list[psutil.Process]) -> int:
