@@ -27,6 +27,17 @@ MOST_REASONS = 12
 NORMALIZE = {"sequence": "mean over each sequence, then over sequences", "token": "mean over all tokens"}
 
 
+def templates(*folders: Path) -> jinja2.Environment:
+    """Reads templates from ``folders``: text is escaped, and a name that is not given is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(
     config: Config,
     diagnosis: Diagnosis,
@@ -36,13 +47,7 @@ def render(
     limit: float,
 ) -> str:
     """The HTML text; ``limit``: value of the strongest colour of the heat-maps."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(FOLDER)
     environment.filters |= {
         "percent": formats.percent,
         "nats": formats.nats,

@@ -35,6 +35,17 @@ def ignore_signals() -> None:
 
 
 @contextmanager
+def _handled(numbers: Sequence[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """``handler`` takes these signals within the block."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def signals_raise() -> Iterator[None]:
     """Turn the signals that ask a run to stop into StoppedBySignal, once."""
 
@@ -42,35 +53,23 @@ def signals_raise() -> Iterator[None]:
         ignore_signals()
         raise StoppedBySignal(number)
 
-    previous = {number: signal.signal(number, stop) for number in STOPPING_SIGNALS}
-    try:
+    with _handled(STOPPING_SIGNALS, stop):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def signals_pause(ask: Callable[[], None]) -> Iterator[None]:
     """Call ``ask`` when a scheduler tells that the run will have to stop soon."""
-    previous = {number: signal.signal(number, lambda *_: ask()) for number in PAUSING_SIGNALS}
-    try:
+    with _handled(PAUSING_SIGNALS, lambda *_: ask()):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
     """The block is not interrupted: a signal that comes in it is raised as StoppedBySignal at its end."""
     seen: list[int] = []
-    previous = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in STOPPING_SIGNALS}
-    try:
+    with _handled(STOPPING_SIGNALS, lambda number, _: seen.append(number)):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if seen:
         raise StoppedBySignal(seen[0])
 

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from megatron_opd import __version__
 from megatron_opd.audit import formats
 from megatron_opd.audit import page as audit_page
@@ -44,14 +42,7 @@ class Change:
 
 def render(history: History, browser: Browser | None, no_rollouts: str) -> str:
     """The HTML text. no_rollouts: why there is no ``browser``."""
-    folders = [FOLDER, audit_page.FOLDER]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = audit_page.templates(FOLDER, audit_page.FOLDER)
     environment.filters |= {
         "nats": formats.nats,
         "whole": formats.whole,

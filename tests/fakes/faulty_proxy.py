@@ -1,4 +1,4 @@
-"""A proxy in front of a scoring server that spoils answers as it is told, and a tiny server with SGLang's answers."""
+"""A proxy in front of a scoring server that spoils answers as it is told."""
 
 from __future__ import annotations
 
@@ -8,30 +8,6 @@ from collections.abc import Callable
 
 import aiohttp
 from aiohttp import web
-
-MODEL, VERSION = "/models/math", "default"
-
-
-def true_logprob(token: int, position: int) -> float:
-    """What the tiny server says: of the token and its place, so that a shift or an exchange changes it."""
-    return -((token * 7 + position * 3) % 64 + 1) / 16
-
-
-async def tiny_sglang(request: web.Request) -> web.Response:
-    """``/generate`` for scoring."""
-    body = await request.json()
-    ids, start = body["input_ids"], body["logprob_start_len"]
-    rows = [[true_logprob(token, place), token, None] for place, token in enumerate(ids)][start:]
-    rows[0][0] = None
-    meta = {"id": body["rid"], "finish_reason": {"type": "length", "length": 0}, "prompt_tokens": len(ids)}
-    meta |= {"cached_tokens": 0, "weight_version": VERSION, "input_token_logprobs": rows}
-    return web.json_response({"output_ids": [], "meta_info": meta})
-
-
-def tiny_app() -> web.Application:
-    app = web.Application()
-    app.router.add_post("/generate", tiny_sglang)
-    return app
 
 
 def _rows(change: Callable[[list], list]) -> Callable[[dict], None]:
