@@ -1,6 +1,7 @@
 """One frozen record per stage: Prompt -> Rollout -> Verified -> Scored -> Calibrated -> TrainSample -> PackedBatch.
 
-Legend of shapes: P prompt tokens, R response tokens, K top-k tokens, N tokens of all rows, M rows, S sequences.
+Legend of shapes: P prompt tokens, R response tokens, K top-k tokens, N tokens of all rows, M rows, S sequences, I
+images.
 
 A worked example: a prompt of P = 3 tokens ``[5, 6, 7]`` is answered with R = 2 tokens ``[8, 2]`` (2 = end of turn).
 
@@ -33,15 +34,32 @@ class Outcome(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """One image of a prompt, resized once so that every model sees the same pixels. Filled by ``data``."""
+
+    hash: str  # sha256 of its PNG file in hexadecimal, which is also the file's name in the run's folder of images
+    rows: int  # of placeholder tokens: its height in pixels / (patch size * merge size)
+    columns: int  # of placeholder tokens: its width / (patch size * merge size)
+    start: int  # position in the prompt of its first placeholder token; the others follow, row after row
+
+    @property
+    def tokens(self) -> int:
+        """Placeholder tokens that stand for it in a prompt."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One question, ready to be sent to an engine. Filled by ``data``."""
 
     id: str  # unique in its file: the record's own id, or "file:line"
     domain: str  # names the teacher and the verifier
     text: str  # what the user says, before the chat template
-    token_ids: tuple[int, ...]  # [P] after the chat template, ends where the assistant's turn begins
+    token_ids: tuple[int, ...]  # [P] after the chat template, ends where the assistant's turn begins; as many
+    # placeholder tokens for each image as the model reads, and not the one that the template writes
     answer: str  # reference for the verifier: a number, or a JSON of tests
     repeats: int = 1  # how often it appears in one epoch
+    images: tuple[Image, ...] = ()  # in the order of their places in token_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +145,7 @@ class TrainSample:
     forward_weights: np.ndarray  # [R] float32, share of the forward KL of the token; 0 = none
     top_ids: np.ndarray  # [R, K] int64, the teacher's; K = 0 without a forward KL
     top_logprobs: np.ndarray  # [R, K] float32, the teacher's
+    images: tuple[Image, ...] = ()  # of the prompt, with which the sequence begins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,3 +172,6 @@ class PackedBatch:
     top_logprobs: np.ndarray  # [N, K] float32
     row_offsets: np.ndarray  # [M + 1] int64: row m is tokens[row_offsets[m]:row_offsets[m + 1]], one micro-batch
     sequence_offsets: np.ndarray  # [S + 1] int64: a sequence never crosses a row
+    image_hashes: np.ndarray  # [I, 32] uint8, Image.hash as bytes; an image appears once for each sequence that has it
+    image_sizes: np.ndarray  # [I, 2] int64, rows and columns of placeholder tokens
+    image_starts: np.ndarray  # [I] int64, ascending: tokens[start : start + rows * columns] are its placeholders

@@ -257,6 +257,9 @@ def make_batch() -> PackedBatch:
         top_logprobs=none.astype(np.float32),
         row_offsets=np.arange(ROWS + 1) * length,
         sequence_offsets=np.append(0, np.cumsum(SEQUENCES * ROWS)),
+        image_hashes=np.empty((0, 32), np.uint8),
+        image_sizes=np.empty((0, 2), np.int64),
+        image_starts=np.empty(0, np.int64),
     )
 
 

@@ -51,6 +51,8 @@ class StudentConfig(Section):
     """CPU threads of one rank."""
     row_tokens: PositiveInt = 4096
     """Most tokens in one packed row: one micro-batch, which all ranks of a copy share."""
+    train_vision: bool = False
+    """Whether the vision tower of a multimodal student is trained too; else it stays as it was loaded."""
 
     @property
     def ranks(self) -> int:
@@ -126,6 +128,8 @@ class TeacherConfig(Section):
     """Hugging Face checkpoint folder of the teacher; its tokenizer must equal the student's."""
     other_template: bool = False
     """Whether its chat template may differ from the student's, with which it is asked all the same."""
+    images: Literal["send", "leave_out"] = "send"
+    """Whether it sees a prompt's images; leave_out takes them and their tokens out of what it is asked."""
     server: ServerConfig = ServerConfig()
     """The engines that score."""
 
@@ -143,6 +147,8 @@ class ColumnsConfig(Section):
     """Unique name of the record; null names it file:line."""
     repeats: str | None = None
     """How often the record appears in one epoch (``megatron-opd difficulty`` writes it); null: once."""
+    images: str | None = None
+    """Images of the record, one or a list: a path, bytes, base64, or an object with one of them; null: none."""
 
 
 class StreamConfig(Section):
@@ -152,6 +158,23 @@ class StreamConfig(Section):
     """Megabytes (2**20 bytes) of the file that are shuffled together; they are taken from all over it."""
     max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the records drawn that may be unusable, of at least 1000; they are passed over and logged."""
+
+
+class ImagesConfig(Section):
+    """What images of prompts may be, and to which size they are brought (docs/multimodal.md)."""
+
+    folder: Path | None = None
+    """Where resized images are kept, by their hash; runs may share it. null: the run's own folder."""
+    max_per_prompt: PositiveInt = 16
+    """Most images of one prompt; more are an error."""
+    max_file_mb: PositiveInt = 32
+    """Most megabytes (2**20 bytes) of one image as it is in the data; a larger one is an error."""
+    max_source_megapixels: PositiveInt = 100
+    """Most million pixels of one image as it is in the data; a larger one is an error and is never decoded."""
+    min_pixels: PositiveInt | None = None
+    """Pixels to which a smaller image is enlarged; null: as the student's image processor says."""
+    max_pixels: PositiveInt | None = None
+    """Pixels to which a larger image is shrunk; null: as the student's image processor says."""
 
 
 class DataConfig(Section):
@@ -175,6 +198,8 @@ class DataConfig(Section):
     """Domain to its share of the prompts drawn, by ratio; null draws domains as often as the file has them."""
     stream: StreamConfig | None = None
     """Read the training file while it is used, whatever its size; null reads and checks all of it at the start."""
+    images: ImagesConfig = ImagesConfig()
+    """Images of prompts; only a multimodal student has any."""
 
     @model_validator(mode="after")
     def _streams_fit(self) -> Self:

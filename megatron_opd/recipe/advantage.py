@@ -90,6 +90,7 @@ def train_sample(
         forward_weights=forward_weights,
         top_ids=top.ids,
         top_logprobs=top.logprobs,
+        images=rollout.prompt.images,
     )
 
 

@@ -126,7 +126,20 @@ def _pack_rank(rows: list[list[TrainSample]], denominator: float, version: int, 
         top_logprobs=_join([_at_predictor(sample, sample.top_logprobs) for sample in sequences], np.float32, columns),
         row_offsets=_offsets([sum(len(sample.token_ids) for sample in row) for row in rows]),
         sequence_offsets=_offsets([len(sample.token_ids) for sample in sequences]),
+        **_images(sequences),
     )
+
+
+def _images(sequences: list[TrainSample]) -> dict[str, np.ndarray]:
+    """The images of all sequences, with their places among the tokens of all rows."""
+    begins = _offsets([len(sample.token_ids) for sample in sequences])[:-1].tolist()
+    placed = [(image, begin) for sample, begin in zip(sequences, begins, strict=True) for image in sample.images]
+    hashes = b"".join(bytes.fromhex(image.hash) for image, _ in placed)
+    return {
+        "image_hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 32),
+        "image_sizes": np.array([(image.rows, image.columns) for image, _ in placed], np.int64).reshape(-1, 2),
+        "image_starts": np.array([begin + image.start for image, begin in placed], np.int64),
+    }
 
 
 def _labels(sample: TrainSample) -> np.ndarray:

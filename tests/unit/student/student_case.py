@@ -172,6 +172,13 @@ def make_samples(model: torch.nn.Module) -> list[Sample]:
     return samples
 
 
+NO_IMAGES = {
+    "image_hashes": np.empty((0, 32), np.uint8),
+    "image_sizes": np.empty((0, 2), np.int64),
+    "image_starts": np.empty(0, np.int64),
+}
+
+
 def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> PackedBatch:
     """One rank's batch: ``rows`` lists the samples of each row. What weighs nothing is not a number."""
     order = [samples[index] for row in rows for index in row]
@@ -198,6 +205,7 @@ def pack(samples: list[Sample], rows: list[list[int]], denominator: float) -> Pa
         ),
         row_offsets=np.cumsum([0, *(sum(len(samples[index].tokens) for index in row) for row in rows)]),
         sequence_offsets=np.cumsum([0, *(len(sample.tokens) for sample in order)]),
+        **NO_IMAGES,
     )
 
 
