@@ -164,7 +164,7 @@ class ImagesConfig(Section):
     """What images of prompts may be, and to which size they are brought (docs/multimodal.md)."""
 
     folder: Path | None = None
-    """Where resized images are kept, by their hash; runs may share it. null: the run's own folder."""
+    """Where resized images are kept, by their hash, for all processes and runs; null: .images beside the runs."""
     max_per_prompt: PositiveInt = 16
     """Most images of one prompt; more are an error."""
     max_file_mb: PositiveInt = 32
