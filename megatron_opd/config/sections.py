@@ -169,7 +169,7 @@ class ImagesConfig(Section):
     """Most images of one prompt; more are an error."""
     max_file_mb: PositiveInt = 32
     """Most megabytes (2**20 bytes) of one image as it is in the data; a larger one is an error."""
-    max_source_megapixels: PositiveInt = 100
+    max_source_megapixels: Annotated[int, Field(ge=1, le=170)] = 80
     """Most million pixels of one image as it is in the data; a larger one is an error and is never decoded."""
     min_pixels: PositiveInt | None = None
     """Pixels to which a smaller image is enlarged; null: as the student's image processor says."""
