@@ -104,10 +104,10 @@ def init_distributed(student: StudentConfig, seed: int, timeout_s: float = 1800.
     model_parallel_cuda_manual_seed(seed)
 
 
-def build_student(config: Config, images: Path | None = None) -> Student:
+def build_student(config: Config) -> Student:
     """Build, load and wrap this rank's part of the student. ``init_distributed`` comes first.
 
-    images: the run's folder of images; None where the batches will have none. Raises ModelError or ConfigError, before anything is built, for a model or sizes that do not fit.
+    Raises ModelError or ConfigError, before anything is built, for a model or sizes that do not fit.
     """
     check_sizes(config, read_hf_config(config.student.model))
     built = build_model(config.student)
@@ -115,7 +115,7 @@ def build_student(config: Config, images: Path | None = None) -> Student:
     model = _wrap([return_hidden_states(chunk) for chunk in built.chunks], built.bridge, config.student)
     optimizer, scheduler = _build_optimizer(config, model)
     vision = read_vision(config.student.model)
-    reader = None if vision is None else ImageReader(images, vision)
+    reader = None if vision is None else ImageReader(config.images_folder, vision)
     return Student(built.bridge, model, optimizer, scheduler, built.backend, built.reason, reader)
 
 

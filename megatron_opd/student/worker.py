@@ -48,7 +48,7 @@ async def train(run: RunDirectory) -> None:
     """Train to the last step; the rollout engines have the weights of every step before the next one begins."""
     config, endpoints, start = run.config(), run.endpoints(), run.start_step()
     init_distributed(config.student, config.seed)
-    student = build_student(config, config.data.images.folder or run.images)
+    student = build_student(config)
     if start:
         checkpoints = run.checkpoints
         load_student(student, checkpoints.folder(start), start, checkpoints.manifest(start).layout)

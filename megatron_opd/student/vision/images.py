@@ -33,8 +33,8 @@ def patchify(pixels: np.ndarray, vision: Vision) -> np.ndarray:
 class ImageReader:
     """Reads resized images by hash, and keeps those that it read last."""
 
-    def __init__(self, folder: Path | None, vision: Vision, cache_bytes: int = CACHE_BYTES) -> None:
-        """``folder``: that of ``runtime.vision.image_file``; None where no image will be asked for."""
+    def __init__(self, folder: Path, vision: Vision, cache_bytes: int = CACHE_BYTES) -> None:
+        """``folder``: that of ``runtime.vision.image_file``."""
         self.vision = vision
         self._folder, self._limit = folder, cache_bytes
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
@@ -66,8 +66,6 @@ class ImageReader:
         return pixels
 
     def _read(self, digest: str, size: tuple[int, int]) -> np.ndarray:
-        if self._folder is None:
-            raise DataError("There are images to train on, and no folder of images", got=digest)
         path = image_file(self._folder, digest)
         try:
             with PillowImage.open(path) as image:

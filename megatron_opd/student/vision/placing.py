@@ -39,9 +39,8 @@ def row_images(batch: PackedBatch, start: int, end: int) -> RowImages:
 def sequence_images(images: Sequence[Image]) -> RowImages:
     """Those of a row of one sequence, with which it begins."""
     sizes = np.array([(image.rows, image.columns) for image in images], np.int64).reshape(-1, 2)
-    return RowImages(
-        tuple(image.hash for image in images), sizes, np.array([image.start for image in images], np.int64)
-    )
+    starts = np.array([image.start for image in images], np.int64)
+    return RowImages(tuple(image.hash for image in images), sizes, starts)
 
 
 def place(images: RowImages, origins: np.ndarray, length: int) -> Places:

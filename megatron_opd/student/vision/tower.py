@@ -23,7 +23,7 @@ def build_tower(family: Family, vision_config: Any, dtype: torch.dtype, sequence
         torch.set_default_dtype(before)
     for parameter in tower.parameters():
         parameter.requires_grad_(False)
-        # Each rank places the features of its own tokens: tells Megatron to sum the gradient over tensor-parallel ranks.
+        # Each rank places features at its own tokens: Megatron is to sum the gradient over tensor-parallel ranks.
         parameter.sequence_parallel = sequence_parallel
     return tower.eval()
 
