@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
+from vision_models import FAMILIES, make_vision_model
 
 from megatron_opd.config import StudentConfig
 from megatron_opd.convert.checks import check_to_megatron
 from megatron_opd.errors import ConfigError, ModelError
 from megatron_opd.student.hf_weights import expected_shapes, weight_mistakes, weights_dtype
 from megatron_opd.student.sizes import read_hf_config, student_mistakes
-
-from vision_models import FAMILIES, make_vision_model
 
 Change = Callable[[dict[str, Any]], None]
 
