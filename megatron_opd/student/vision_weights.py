@@ -40,8 +40,8 @@ def tower_shapes(folder: Path, hf_config: dict[str, Any]) -> Shapes:
 def other_names(folder: Path, hf_config: dict[str, Any], names: Iterable[str]) -> ModelError | None:
     """What is wrong when the weights of a multimodal model have the names of another family's.
 
-    transformers reads and writes Qwen2.5-VL under those of Qwen3-VL too, which are those of its modules. SGLang does not
-    read them, and a refresh has to send what it reads.
+    transformers reads and writes Qwen2.5-VL under those of Qwen3-VL too, which are those of its modules. SGLang does
+    not read them, and a refresh has to send what it reads.
     """
     ours = FAMILIES.get(hf_config.get("model_type", ""))
     others = [other for other in FAMILIES.values() if other != ours] if ours else []
