@@ -51,6 +51,17 @@ def declare_torchvision_operators() -> object | None:
     return library
 
 
+def missing(name: str):
+    """What stands for a function of ``sgl_kernel``: it may be imported, and raises when it is called."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def raise_by_name(*args, **kwargs):
+        raise NotImplementedError(f"sgl_kernel.{name} does not exist in a CPU-only environment")
+
+    return raise_by_name
+
+
 def stand_in_for_sgl_kernel() -> None:
     """Register a ``sgl_kernel`` whose one working function fills the request-to-token table; the rest raise by name."""
     import torch
@@ -60,15 +71,6 @@ def stand_in_for_sgl_kernel() -> None:
         for request, start, end in zip(request_indices.tolist(), starts.tolist(), ends.tolist(), strict=True):
             table[request, start:end] = locations[taken : taken + end - start].to(torch.int32)
             taken += end - start
-
-    def missing(name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def raise_by_name(*args, **kwargs):
-            raise NotImplementedError(f"sgl_kernel.{name} does not exist in a CPU-only environment")
-
-        return raise_by_name
 
     module = types.ModuleType("sgl_kernel")
     module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
@@ -96,11 +98,32 @@ def stand_in_for_triton() -> None:
         sys.platform, platform.machine, torch.backends.mps.is_available = true_values
 
 
+def name_kernel_operators() -> None:
+    """Let a module read any ``torch.ops.sgl_kernel.<name>`` while it is imported; what it gets raises when called.
+
+    Modules of multimodal models do, and SGLang silently leaves out a model or an image processor whose module cannot be
+    imported. Functions still see what there is: SGLang asks for some names to choose its kernels.
+    """
+    import torch
+
+    class Named(type(torch.ops.sgl_kernel)):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if sys._getframe(1).f_code.co_name != "<module>":
+                    raise
+            return missing(name)
+
+    torch.ops.sgl_kernel = Named("sgl_kernel")
+
+
 def prepare_cpu() -> object | None:
     """Everything that ``--device cpu`` needs before SGLang is imported."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     library = declare_torchvision_operators()
     stand_in_for_sgl_kernel()
+    name_kernel_operators()
     if importlib.util.find_spec("triton") is None:
         stand_in_for_triton()
     return library
