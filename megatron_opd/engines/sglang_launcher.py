@@ -6,12 +6,14 @@ With ``--device cpu`` it stands in for three things that SGLang 0.5.21 expects a
 compiled ``sgl_kernel`` package (only its entry points are named; the pure torch paths do the work), Triton, and the
 operator library of torchvision, whose wheel is a CUDA build. With ``--enable-deterministic-inference`` as well it also
 stands in for SGLang's kernels of that mode, which are written in Triton: matrix products whose rows do not depend on
-the other rows of the batch, and the hash behind seeded sampling. On a GPU nothing is touched.
+the other rows of the batch, and the hash behind seeded sampling. For a multimodal model it also answers for operators
+that modules name while they are imported. On a GPU nothing is touched.
 """
 
 import ctypes
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import platform
@@ -98,6 +100,20 @@ def stand_in_for_triton() -> None:
         sys.platform, platform.machine, torch.backends.mps.is_available = true_values
 
 
+def argument(name: str) -> str | None:
+    """The value after ``name`` on the command line; None without it."""
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv[:-1] else None
+
+
+def has_vision(model: str | None) -> bool:
+    """Whether the checkpoint in a folder reads images."""
+    try:
+        with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
+            return isinstance(json.load(file).get("vision_config"), dict)
+    except OSError:
+        return False
+
+
 def name_kernel_operators() -> None:
     """Let a module read any ``torch.ops.sgl_kernel.<name>`` while it is imported; what it gets raises when called.
 
@@ -123,10 +139,16 @@ def prepare_cpu() -> object | None:
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     library = declare_torchvision_operators()
     stand_in_for_sgl_kernel()
-    name_kernel_operators()
+    if has_vision(argument("--model-path")):
+        name_kernel_operators()
     if importlib.util.find_spec("triton") is None:
         stand_in_for_triton()
     return library
+
+
+def check_image_processor() -> None:
+    """Import the image processor of the models that are served here: SGLang itself leaves out one that it cannot."""
+    importlib.import_module("sglang.srt.multimodal.processors.qwen_vl")
 
 
 def murmur_hash32(seeds, positions, columns):
@@ -212,7 +234,7 @@ def keep_out_of_logs(key: str) -> None:
 
 # SGLang spawns its scheduler and detokenizer, which import this file again before they import SGLang:
 # the stand-ins must be made in them too, hence not under the guard below.
-_on_cpu = "--device" in sys.argv and sys.argv[sys.argv.index("--device") + 1] == "cpu"
+_on_cpu = argument("--device") == "cpu"
 _key = os.environ.get("OPD_ENGINE_KEY")  # not an argument: everyone on the machine can read those
 if _key:
     keep_out_of_logs(_key)
@@ -221,6 +243,8 @@ _deterministic = prepare_deterministic_cpu() if _on_cpu and "--enable-determinis
 
 if __name__ == "__main__":
     die_with_parent()
+    if _on_cpu and has_vision(argument("--model-path")):
+        check_image_processor()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
