@@ -101,7 +101,7 @@ async def _connect(
     shared = config.refresh.folder
     folder = shared / run.identity() if shared else run.weights
     place = Place(endpoints.weights_host, endpoints.weights_port, folder)
-    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size)
+    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size, student.images)
 
 
 def named_metrics(metrics: StepMetrics) -> dict[str, float]:

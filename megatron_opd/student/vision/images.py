@@ -36,7 +36,7 @@ class ImageReader:
     def __init__(self, folder: Path, vision: Vision, cache_bytes: int = CACHE_BYTES) -> None:
         """``folder``: that of ``runtime.vision.image_file``."""
         self.vision = vision
-        self._folder, self._limit = folder, cache_bytes
+        self.folder, self._limit = folder, cache_bytes
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self._bytes = 0
 
@@ -66,7 +66,7 @@ class ImageReader:
         return pixels
 
     def _read(self, digest: str, size: tuple[int, int]) -> np.ndarray:
-        path = image_file(self._folder, digest)
+        path = image_file(self.folder, digest)
         try:
             with PillowImage.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))

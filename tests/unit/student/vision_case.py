@@ -62,7 +62,7 @@ def make_kind(folder: Path, kind: str) -> Path:
     if layers == config.text_config.num_hidden_layers:
         return folder
     config.text_config.num_hidden_layers = layers
-    config.text_config.layer_types = None
+    config.text_config.layer_types = ["full_attention"] * layers
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_config(config).float()
     with torch.no_grad():
@@ -119,9 +119,16 @@ def _make_sample(model: VisionReference, layout: list[Any], generator: np.random
     weights[-1] = 0.0
     with torch.no_grad():
         behaviour = np.append(next_logprobs(model, ids).numpy(), 0.0) + generator.uniform(-0.1, 0.1, length)
-    zeros, none = np.zeros(length), np.zeros((length, 3))
     sample = Sample(
-        ids, generator.normal(size=length), behaviour, weights, zeros.astype(int), zeros, zeros, none.astype(int), none
+        ids,
+        advantages=generator.normal(size=length),
+        behaviour=behaviour,
+        weights=weights,
+        lags=np.zeros(length, int),
+        slopes=np.zeros(length),
+        forward_weights=np.where(np.arange(length) % 2, weights, 0.0),
+        top_ids=np.tile([1, 2, 3], (length, 1)),
+        top_logprobs=np.log(np.full((length, 3), 0.2)),
     )
     return Seen(sample, tuple(images))
 
