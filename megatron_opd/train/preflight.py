@@ -13,7 +13,9 @@ from megatron_opd.engines.vllm_command import check_vllm_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
 from megatron_opd.observe.sinks import check_sinks
 from megatron_opd.runtime.env import secret
+from megatron_opd.runtime.vision import text_config
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
+from megatron_opd.train.vision_checks import vision_mistakes
 
 
 def preflight(config: Config) -> None:
@@ -57,6 +59,9 @@ def fit_mistakes(config: Config) -> Iterator[OpdError]:
     for key, model in models_of(config).items():
         yield from attempt(lambda k=key, m=model: check_context(k, m, longest_of(config)))
         yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
+    seen: list[OpdError] = []
+    yield from attempt(lambda: seen.extend(vision_mistakes(config, frozen_models(config))))
+    yield from seen
 
 
 def tokenizer_mistakes(config: Config) -> Iterator[OpdError]:
@@ -121,7 +126,7 @@ def longest_of(config: Config) -> dict[str, int]:
 
 def check_context(key: str, model: Path, longest: dict[str, int]) -> None:
     """Raise ConfigError when the ``longest`` prompt and response do not fit into the context of ``model``."""
-    context = read_hf_config(model).get("max_position_embeddings")
+    context = text_config(read_hf_config(model)).get("max_position_embeddings")
     total = sum(longest.values())
     if context is not None and total > context:
         raise ConfigError(
@@ -135,7 +140,7 @@ def check_context(key: str, model: Path, longest: dict[str, int]) -> None:
 
 def _check_top_k(key: str, model: Path, top_k: int) -> None:
     """A server ends at the first request for more tokens than its vocabulary has."""
-    vocab_size = read_hf_config(model).get("vocab_size")
+    vocab_size = text_config(read_hf_config(model)).get("vocab_size")
     if vocab_size is not None and top_k > vocab_size:
         raise ConfigError(
             "More most likely tokens are asked for than the model's vocabulary has",
