@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pools import pool_of
+from real_servers import running
+from vision_models import FAMILIES, make_vision_model
+from vision_reference import VisionReference, image_prompt
 
 from megatron_opd.config import EngineConfig, ServerConfig
 from megatron_opd.data.tokenizer import load_tokenizer
@@ -25,9 +28,6 @@ from megatron_opd.teachers.handshake import Expected, check_again, shake_hands
 from megatron_opd.teachers.pool import Teacher, TeacherPool
 from megatron_opd.teachers.scoring import score, score_request
 from megatron_opd.train.roles import replica_roles
-from tests.conftest import running
-from tests.support.vision_models import FAMILIES, make_vision_model
-from tests.support.vision_reference import VisionReference, image_prompt
 
 VOCAB = 516
 TOLERANCE = 1e-4
