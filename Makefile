@@ -25,7 +25,7 @@ install: .venv/trainer.stamp .venv-engine/engine.stamp
 	.venv/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
-.venv/dev.stamp: .venv/trainer.stamp requirements/dev.txt
+.venv/dev.stamp: .venv/trainer.stamp requirements/dev.txt requirements/ifeval.txt
 	.venv/bin/python $(PIP) -r requirements/dev.txt
 	touch $@
 
