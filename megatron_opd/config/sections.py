@@ -155,7 +155,7 @@ class StreamConfig(Section):
     """A training file that is not read into memory (docs/data.md)."""
 
     window_mb: PositiveInt = 32
-    """Megabytes (2**20 bytes) of the file that are shuffled together; they are taken from all over it."""
+    """Megabytes (2**20 bytes) that are shuffled together, from all over the file; of parquet, row groups unpacked."""
     max_bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the records drawn that may be unusable, of at least 1000; they are passed over and logged."""
 

@@ -30,11 +30,14 @@ class LineBlocks:
         if not path.is_file():
             raise DataError("No such prompt file", where=path.absolute(), fix="give the path of an existing file")
         if path.suffix != ".jsonl":
-            expected = "a .jsonl file: places in others cannot be jumped to"
-            fix = "convert it with megatron-opd prepare, or leave data.stream out"
+            expected = "a .jsonl or .parquet file: places in others cannot be jumped to"
+            fix = "unpack it, convert it with megatron-opd prepare, or leave data.stream out"
             raise DataError("The prompt file cannot be streamed", where=path, got=path.name, expected=expected, fix=fix)
         self.path, self._block = path, block
-        self._file = path.open("rb", buffering=0)
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError("The prompt file cannot be read", where=path.absolute(), got=error) from error
         self._size = os.fstat(self._file.fileno()).st_size
         if not self._size:
             raise DataError("The prompt file is empty", where=path, got="no records", expected="at least one")
@@ -42,6 +45,14 @@ class LineBlocks:
     def __len__(self) -> int:
         """Blocks."""
         return (self._size + self._block - 1) // self._block
+
+    def windows(self, order: np.ndarray, megabytes: int) -> list[np.ndarray]:
+        """``order`` [len] of the blocks, cut where ``megabytes`` blocks, which is what they have, are full."""
+        return np.split(order, range(megabytes, len(order), megabytes))
+
+    def places(self, number: int) -> list[int]:
+        """Those of all lines of a block."""
+        return [row.number for row in self.lines(number)]
 
     def lines(self, number: int) -> list[Row]:
         """The lines that begin in a block; their numbers are places. A blank line at the end of the file is none."""
@@ -80,14 +91,8 @@ class LineBlocks:
         return lines
 
     def fingerprint(self) -> str:
-        """A hash of the size and of 64 pieces spread over the file: cheap, and it finds any file that was made anew.
-
-        A change that keeps the size and lies between two pieces is not found.
-        """
-        found = hashlib.blake2b(str(self._size).encode(), digest_size=16)
-        for place in np.linspace(0, max(self._size - _SAMPLE_BYTES, 0), _SAMPLES).astype(int).tolist():
-            found.update(self._bytes(place, _SAMPLE_BYTES))
-        return found.hexdigest()
+        """``file_fingerprint`` of the file."""
+        return file_fingerprint(self.path)
 
     def _bytes(self, place: int, count: int) -> bytes:
         """At most ``count`` bytes from a place on. Raises DataError."""
@@ -95,3 +100,19 @@ class LineBlocks:
             return os.pread(self._file.fileno(), count, place)
         except OSError as error:
             raise DataError("The prompt file cannot be read", where=self.path, got=error) from error
+
+
+def file_fingerprint(path: Path) -> str:
+    """A hash of the size and of 64 pieces spread over a file: cheap, and it finds any file that was made anew.
+
+    A change that keeps the size and lies between two pieces is not found. Raises DataError.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            found = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for place in np.linspace(0, max(size - _SAMPLE_BYTES, 0), _SAMPLES).astype(int).tolist():
+                found.update(os.pread(file.fileno(), _SAMPLE_BYTES, place))
+    except OSError as error:
+        raise DataError("The prompt file cannot be read", where=path, got=error) from error
+    return found.hexdigest()

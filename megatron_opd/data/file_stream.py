@@ -4,9 +4,10 @@
                                                         window 0  window 1  2
     drawn: the lines of window 0 in a seeded order, then those of window 1, ...
 
-Every line is drawn exactly once in an epoch (as often as its ``repeats`` says). A cursor of three numbers (epoch,
-window, line) says where the stream is. Prompts are made into tokens when they are drawn; a record that turns out to be
-unusable is passed over, told in the log with file and line, and counted: too large a share of them ends the run.
+Of a parquet file, blocks are its row groups and lines its rows. Every line is drawn exactly once in an epoch (as often
+as its ``repeats`` says). A cursor of three numbers (epoch, window, line) says where the stream is. Prompts become
+tokens when they are drawn; a record that turns out to be unusable is passed over, told in the log with file and line,
+and counted: too large a share of them ends the run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from megatron_opd.config import StreamConfig
 from megatron_opd.data.blocks import LineBlocks
 from megatron_opd.data.reading import PromptReader
+from megatron_opd.data.row_groups import RowGroups
 from megatron_opd.data.rows import Flaw, Row
 from megatron_opd.errors import DataError
 from megatron_opd.records import Outcome, Prompt
@@ -33,7 +35,7 @@ class FileStream:
 
     def __init__(
         self,
-        lines: LineBlocks,
+        lines: LineBlocks | RowGroups,
         reader: PromptReader,
         seed: int,
         stream: StreamConfig,
@@ -44,10 +46,10 @@ class FileStream:
         """``takes_bad``: draw records whose domain cannot be told, too; of several streams of a file only one does."""
         self._lines, self._reader, self._seed = lines, reader, seed % 2**64
         self._domain, self._takes_bad, self._max_bad_share = domain, takes_bad, stream.max_bad_share
-        self._window_blocks = stream.window_mb
+        self._window_mb = stream.window_mb
         self._epoch, self._window, self._index = 0, 0, 0  # the cursor: the next line is _order[_index]
         self._drawn, self._bad = 0, 0
-        self._blocks = self._permuted(0)
+        self._windows = self._permuted(0)
         self._order: np.ndarray | None = None  # places of the window's lines, in the order of drawing; null: not read
         self._found = False  # any line in this epoch
 
@@ -88,7 +90,7 @@ class FileStream:
             fix = "set data.stream, data.lazy and data.mixture as they were, or start anew with existing=archive"
             raise DataError("The saved position is of another kind of stream", got=", ".join(state), fix=fix)
         self._epoch, self._window, self._index, self._drawn, self._bad = cursor.tolist()
-        self._blocks, self._order, self._found = self._permuted(self._epoch), None, True
+        self._windows, self._order, self._found = self._permuted(self._epoch), None, True
 
     def _next(self) -> int:
         """The place of the next line."""
@@ -103,29 +105,33 @@ class FileStream:
     def _turn(self) -> None:
         """Go to the next window."""
         self._window, self._index = self._window + 1, 0
-        if self._window * self._window_blocks < len(self._blocks):
+        if self._window < len(self._windows):
             return
         if not self._found:
             got, expected = f"no record of {self._domain or 'any domain'}", "at least one"
             fix = "correct data.mixture or the file"
             raise DataError("A domain has no prompts", where=self._lines.path, got=got, expected=expected, fix=fix)
         self._epoch, self._window, self._found = self._epoch + 1, 0, False
-        self._blocks = self._permuted(self._epoch)
+        self._windows = self._permuted(self._epoch)
 
-    def _permuted(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._lines))
+    def _permuted(self, epoch: int) -> list[np.ndarray]:
+        """The windows of an epoch: blocks that are shuffled together."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lines))
+        return self._lines.windows(order, self._window_mb)
 
     def _read_window(self) -> np.ndarray:
-        first = self._window * self._window_blocks
-        blocks = self._blocks[first : first + self._window_blocks].tolist()
-        places = [place for block in blocks for row in self._lines.lines(block) for place in self._times(row)]
+        places = [place for block in self._windows[self._window].tolist() for place in self._places(block)]
         seed = [self._seed, self._epoch, self._window + 1]
         return np.random.default_rng(seed).permutation(np.array(places, dtype=np.int64))
 
+    def _places(self, block: int) -> Iterable[int]:
+        """Places of a block's lines, each as often as this stream draws it in an epoch."""
+        if self._domain is None and self._reader.columns.repeats is None:
+            return self._lines.places(block)  # all that are there: no need to look
+        return [place for row in self._lines.lines(block) for place in self._times(row)]
+
     def _times(self, row: Row) -> list[int]:
         """The place of a line, as often as this stream draws it in an epoch."""
-        if self._domain is None and self._reader.columns.repeats is None:
-            return [row.number]  # all that are there: no need to look
         try:
             record = row.record()
             wanted = self._domain is None or self._reader.domain(record) == self._domain

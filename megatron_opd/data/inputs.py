@@ -11,7 +11,8 @@ from megatron_opd.data.file_stream import FileStream
 from megatron_opd.data.images import open_store
 from megatron_opd.data.mixture import MixedStream
 from megatron_opd.data.pass_rates import read_pass_rates
-from megatron_opd.data.reading import ImageReading, PromptReader, read_prompts
+from megatron_opd.data.reading import ImageReading, PromptReader, read_prompts, wanted
+from megatron_opd.data.row_groups import RowGroups
 from megatron_opd.data.stream import LazyStream, PromptStream, fingerprint
 from megatron_opd.errors import DataError
 from megatron_opd.records import Prompt
@@ -46,7 +47,7 @@ def check_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     if config.data.stream is None:
         _mixed(config, read_training(config, tokenizer))
     else:
-        LineBlocks(config.data.train)
+        _blocks(config)
         _read(config, config.data.train, config.data.columns, tokenizer, limit=HEAD)
     read_held_out(config, tokenizer)
 
@@ -56,15 +57,23 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Str
     if config.data.stream is None:
         prompts = read_training(config, tokenizer)
         return _mixed(config, prompts), fingerprint(prompts)
-    data, lines = config.data, LineBlocks(config.data.train)
+    data, lines = config.data, _blocks(config)
     reader = _reader(config, data.train, data.columns, tokenizer)
     if data.mixture is None:
         return FileStream(lines, reader, config.seed, data.stream), lines.fingerprint()
     parts = [
-        FileStream(lines, reader, config.seed, data.stream, domain, takes_bad=number == 0)
+        FileStream(_blocks(config), reader, config.seed, data.stream, domain, takes_bad=number == 0)
         for number, domain in enumerate(sorted(data.mixture))
     ]
     return MixedStream(parts, [data.mixture[domain] for domain in sorted(data.mixture)]), lines.fingerprint()
+
+
+def _blocks(config: Config) -> LineBlocks | RowGroups:
+    """The training file, which each stream opens for itself: windows are in memory. Raises DataError."""
+    data = config.data
+    if data.train.suffix == ".parquet":
+        return RowGroups(data.train, wanted(data.columns), data.stream.window_mb)
+    return LineBlocks(data.train)
 
 
 def _mixed(config: Config, prompts: list[Prompt]) -> Stream:

@@ -34,10 +34,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import ColumnsConfig
+from megatron_opd.config.evaluation import PLACE
 from megatron_opd.data.image_sources import image_sources
 from megatron_opd.data.image_tokens import expand, flat_content, with_parts
 from megatron_opd.data.images import ImageStore, Kept
 from megatron_opd.data.rows import MISSING, Flaw, Row, flaws_error, read_rows, show
+from megatron_opd.data.templates import BARE, COLUMN, template_of, with_template
 from megatron_opd.errors import DataError
 from megatron_opd.records import Image, Prompt
 
@@ -63,11 +65,10 @@ def read_prompts(reader: PromptReader, limit: int | None = None) -> list[Prompt]
     Raises DataError.
     """
     path, columns = reader.path, reader.columns
-    wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats, columns.images]
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}  # of the row that has the id
     flaws: list[tuple[int, Flaw]] = []
-    rows = islice(read_rows(path, [column for column in wanted if column is not None]), limit)
+    rows = islice(read_rows(path, wanted(columns), optional=(COLUMN,)), limit)
     for number, found in reader.read(rows):
         if isinstance(found, Flaw):
             flaws.append((number, found))
@@ -85,11 +86,18 @@ def read_prompts(reader: PromptReader, limit: int | None = None) -> list[Prompt]
     return prompts
 
 
+def wanted(columns: ColumnsConfig) -> list[str]:
+    """The columns that are read."""
+    names = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats, columns.images]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
 @dataclass(frozen=True, slots=True)
 class PromptReader:
     """Turns one row into a prompt. Its methods raise Flaw.
 
-    template: the text that is asked, with the record's in the place of ``{prompt}``; None asks the record's alone.
+    template: the text that is asked, with the record's in the place of ``{prompt}``; None asks the record's alone. A
+    record that says to be in this template already is asked as it is, and one in another is refused.
     """
 
     path: Path
@@ -119,7 +127,7 @@ class PromptReader:
     def prompt(self, row: Row) -> Prompt:
         """The prompt of a row."""
         record = row.record()
-        messages = self._asked(_messages(self.columns.prompt, record.get(self.columns.prompt, MISSING)))
+        messages = self._asked(record, _messages(self.columns.prompt, record.get(self.columns.prompt, MISSING)))
         domain = self.domain(record)
         token_ids, images = self._token_ids(messages, record, domain)
         return Prompt(
@@ -132,16 +140,22 @@ class PromptReader:
             images=images,
         )
 
-    def _asked(self, messages: list[dict]) -> list[dict]:
+    def _asked(self, record: dict, messages: list[dict]) -> list[dict]:
         """The messages with the template around the last one."""
         if self.template is None:
             return messages
+        named = template_of(record)
+        if named not in (None, BARE):
+            if with_template(PLACE, named) == self.template:
+                return messages
+            fix = f"prepare the file with --set template=false, or set the template to null to ask in {named}'s"
+            raise Flaw(COLUMN, repr(named), "the question alone, or in the template that is asked for", fix)
         *earlier, last = messages
-        around = [part.strip() for part in self.template.split("{prompt}") if part.strip()]
+        around = [part.strip() for part in self.template.split(PLACE) if part.strip()]
         if around and all(part in last["content"] for part in around):
             fix = "set the template to null for this file"
             raise Flaw(self.columns.prompt, "a question that is in the template already", "the question alone", fix)
-        return [*earlier, last | {"content": self.template.replace("{prompt}", last["content"])}]
+        return [*earlier, last | {"content": self.template.replace(PLACE, last["content"])}]
 
     def _id(self, record: dict, number: int) -> str:
         column = self.columns.id

@@ -37,15 +37,15 @@ class Row:
         return self.content if isinstance(self.content, dict) else _parse_line(self.content)
 
 
-def read_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
-    """The rows of a file in order; of a parquet file only ``columns``, or all when it is None.
+def read_rows(path: Path, columns: list[str] | None, optional: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The rows of a file in order; of a parquet file only ``columns`` and what it has of ``optional``, or all for None.
 
     Raises DataError if the file as a whole cannot be read, or lacks a column (parquet).
     """
     if not path.is_file():
         raise DataError("No such prompt file", where=path.absolute(), fix="give the path of an existing file")
     if path.name.endswith(".parquet"):
-        yield from _parquet_rows(path, columns)
+        yield from _parquet_rows(path, columns, optional)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _lines(path)
     else:
@@ -97,13 +97,16 @@ def _excerpt(text: str, position: int, width: int = 30) -> str:
     return ("..." if begin else "") + text[begin:end].rstrip() + ("..." if end < len(text) else "")
 
 
-def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: list[str] | None, optional: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, columns or [])
+            present = file.schema_arrow.names
+            check_columns(path, present, columns or [])
+            if columns is not None:
+                columns = [*columns, *(name for name in optional if name in present and name not in columns)]
             number = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for record in batch.to_pylist():
@@ -113,7 +116,8 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
         raise DataError("The prompt file cannot be read", where=path, got=error, expected="a parquet file") from error
 
 
-def _check_columns(path: Path, present: list[str], wanted: list[str]) -> None:
+def check_columns(path: Path, present: list[str], wanted: list[str]) -> None:
+    """Raise DataError when a column that is wanted is not there."""
     missing = [column for column in wanted if column not in present]
     if missing:
         raise DataError(

@@ -27,7 +27,7 @@ from megatron_opd.difficulty.picture import draw_histograms
 from megatron_opd.difficulty.weighing import DomainWeights, weigh
 from megatron_opd.difficulty.weighted import REPEATS, check_convertible, write_weighted
 from megatron_opd.engines.command import check_engine_python
-from megatron_opd.errors import raise_together
+from megatron_opd.errors import ConfigError, raise_together
 from megatron_opd.records import Prompt
 from megatron_opd.runtime.supervision import signals_raise
 from megatron_opd.sampling.ask import Draw, Job, sample_missing
@@ -90,6 +90,7 @@ def _check(config: Config) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:
     missing = attempt(lambda: check_model("student.model", config.student.model))
     if missing:
         raise_together(found + missing)  # what follows reads the model
+    found += attempt(lambda: _check_not_streamed(config))
     found += attempt(lambda: check_context("student.model", config.student.model, longest_of(config)))
     inputs: list = []
     unread = attempt(lambda: inputs.extend(_inputs(config)))
@@ -97,6 +98,18 @@ def _check(config: Config) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:
     raise_together(found)
     tokenizer, prompts = inputs
     return tokenizer, prompts
+
+
+def _check_not_streamed(config: Config) -> None:
+    if config.data.stream is not None:
+        raise ConfigError(
+            "Pass rates are those of all prompts, so the prompt file is read as a whole",
+            where="data.stream",
+            got=f"window_mb={config.data.stream.window_mb}",
+            expected="null",
+            fix="give this command data.stream=null if memory holds the file, or a sample of it; training may stream "
+            "what comes out",
+        )
 
 
 def _inputs(config: Config) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:

@@ -26,7 +26,7 @@ from megatron_opd.records import Prompt
 from megatron_opd.runtime.rundir import free_name_beside
 from megatron_opd.runtime.supervision import signals_raise
 from megatron_opd.sampling.ask import Draw, Job, sample_missing
-from megatron_opd.sampling.identity import file_digest
+from megatron_opd.sampling.identity import drawing_of, file_digest, judging_of
 from megatron_opd.sampling.journal import Journal
 from megatron_opd.train.preflight import attempt, check_context
 
@@ -170,10 +170,8 @@ def _settings(config: EvaluationConfig) -> dict[str, object]:
     for name, benchmark in config.benchmarks.items():
         plain = benchmark.model_dump(mode="json") | {"file": f"sha256 {file_digest(benchmark.file)}"}
         settings |= {f"benchmarks.{name}.{key}": value for key, value in plain.items()}
-    verifiers = config.verifiers.model_dump(mode="json", exclude={"kinds", "workers"})
-    settings |= {f"verifiers.{key}": value for key, value in verifiers.items()}
-    seed = config.seed if config.engine.deterministic else None  # servers do not heed it otherwise
-    return settings | {"engine.dtype": config.engine.dtype, "seed": seed}
+    judging = judging_of(config.verifiers, {benchmark.verifier for benchmark in config.benchmarks.values()})
+    return settings | judging | drawing_of(config.engine, config.seed)
 
 
 def _write_summary(path: Path, found: Evaluation, scores: dict[str, Scores]) -> None:

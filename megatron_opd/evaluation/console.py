@@ -29,10 +29,11 @@ class EvaluationConsole(SamplingConsole):
         self._say(f"megatron_opd {__version__}   evaluation of {model}")
         for name, benchmark in config.benchmarks.items():
             top_k = "" if benchmark.top_k is None else f", top-k {benchmark.top_k}"
+            asked = ", asked as the file has it" if benchmark.template is None else ""
             self._say(
                 f"  {name}: {benchmark.samples} of each of {problems[name]} problems, temperature "
                 f"{benchmark.temperature:g}, top-p {benchmark.top_p:g}{top_k}, at most "
-                f"{benchmark.max_new_tokens} tokens, verifier {benchmark.verifier}"
+                f"{benchmark.max_new_tokens} tokens, verifier {benchmark.verifier}{asked}"
             )
         if done < total:
             server = config.server

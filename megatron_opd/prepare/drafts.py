@@ -1,10 +1,10 @@
 """What a converter makes of one record of a published data set, and the line that is written for it.
 
-    {"id": "gsm8k-0f4f2c...", "prompt": "...", "answer": "18", "domain": "math"}
+    {"id": "gsm8k-0f4f2c...", "prompt": "...", "answer": "18", "domain": "math", "template": "math"}
 
 ``answer`` is a reference of docs/verifiers.md: a text, or the JSON of tests or of accepted answers. ``images``, where
 there are some, is a list of ``{"path": ...}`` and ``{"base64": ...}``, in the order of the ``<image>`` marks of the
-prompt, or all before it where it has none.
+prompt, or all before it where it has none. ``template`` says what is around the question: ``data.templates``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_opd.data.rows import MISSING, Flaw, show, type_name
-from megatron_opd.prepare.templates import with_template
+from megatron_opd.data.templates import BARE, COLUMN, with_template
 
 RENAME = "check that the file is of this format"
 
@@ -31,7 +31,7 @@ class Draft:
     question: str
     answer: str  # reference of the verifier
     domain: str
-    template: str  # name in templates.TEMPLATES
+    template: str  # name in data.templates.TEMPLATES
     own_id: str | None = None  # unique over all files of the data set; null: a hash of the content
     images: list[dict[str, str]] = field(default_factory=list)
     context: list[dict[str, str]] = field(default_factory=list)  # chat messages before the question
@@ -42,10 +42,11 @@ class Draft:
 
     def record(self, name: str, *, templated: bool) -> dict[str, object]:
         """The canonical record. ``name``: of the format, for the id."""
-        text = with_template(self.question, self.template) if templated else self.question
+        template = self.template if templated else BARE
+        text = with_template(self.question, template)
         prompt = [*self.context, {"role": "user", "content": text}] if self.context else text
         own = self.own_id or f"{name}-{_digest([self.question, self.answer, self._pictures(), self.context]).hex()}"
-        plain = {"id": own, "prompt": prompt, "answer": self.answer, "domain": self.domain}
+        plain = {"id": own, "prompt": prompt, "answer": self.answer, "domain": self.domain, COLUMN: template}
         return plain | ({"images": self.images} if self.images else {})
 
     def _pictures(self) -> list[str]:

@@ -1,19 +1,12 @@
-"""What is asked of the student besides the question: the paper's instructions, which its evaluation uses too.
+"""Instructions at the end of published questions.
 
-Files of others often end a question with such an instruction already. It is removed before ours is added, so that a
-question looks the same whichever file it comes from.
+They are removed before ours is added (``data.templates``), so that a question looks the same whichever file it comes
+from.
 """
 
 from __future__ import annotations
 
 import re
-
-MATH = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-CODE = (
-    "{question}\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\n"
-    "at the end.\nYou need to think first then write the Python code."
-)
-TEMPLATES = {"math": MATH, "code": CODE, "none": "{question}"}
 
 # The instructions of Uni-OPD and G-OPD (with and without the last sentence) and of Eurus-2-RL.
 KNOWN_ENDS = (
@@ -24,11 +17,6 @@ KNOWN_ENDS = (
 )
 _ENDS = [re.compile(r"\s+".join(map(re.escape, end.split())) + r"\Z") for end in KNOWN_ENDS]
 _LONGEST = 2 * max(map(len, KNOWN_ENDS))  # of an end, blanks included
-
-
-def with_template(question: str, name: str) -> str:
-    """The user's turn. Texts with braces stay as they are."""
-    return TEMPLATES[name].replace("{question}", question, 1)
 
 
 def bare(text: str) -> str:

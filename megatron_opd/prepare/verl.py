@@ -6,10 +6,11 @@ from pathlib import Path
 
 from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import MISSING, Flaw
+from megatron_opd.data.templates import TEMPLATES, template_of
 from megatron_opd.prepare.code_sets import tests_reference
 from megatron_opd.prepare.drafts import Draft, answer_of, look_up, messages_of, text_of
 from megatron_opd.prepare.images import images_of
-from megatron_opd.prepare.templates import TEMPLATES, bare
+from megatron_opd.prepare.templates import bare
 
 KINDS = {"math": "math", "code": "code", "coding": "code"}  # ability in small letters, to the name of a template
 
@@ -41,7 +42,7 @@ class Verl:
 class Canonical:
     """What ``prepare`` wrote: to put several files together, or to filter one again.
 
-    The template of a record is that of its prompt; one without any gets none.
+    The template of a record is the one that it names, else that of its prompt; one without any gets none.
     """
 
     columns = None
@@ -52,7 +53,8 @@ class Canonical:
     def draft(self, record: dict, folder: Path) -> Draft:
         *context, last = messages_of(record, "prompt")
         question = bare(last["content"])
-        name = next(name for name in TEMPLATES if last["content"].endswith(_end(name)))  # the last one always fits
+        found = (name for name in TEMPLATES if last["content"].endswith(_end(name)))  # the last one always fits
+        name = template_of(record) or next(found)
         images = images_of(record, "images", self._images or folder) if record.get("images") else []
         answer, own = text_of(record, "answer"), text_of(record, "id")
         return Draft(question, answer, self._domain or text_of(record, "domain"), name, own, images, context)

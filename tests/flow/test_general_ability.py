@@ -46,7 +46,7 @@ def accuracy(tmp_path: Path, model: str) -> float:
     return found["results"]["toy_sums"]["exact_match,boxed"]
 
 
-@pytest.mark.skipif(not COMMAND.exists(), reason="needs .venv-lm-eval, which docs/evaluation.md says how to make")
+@pytest.mark.skipif(not COMMAND.exists(), reason="needs `make .venv-lm-eval`")
 def test_the_harness_evaluates_a_folder_as_a_run_exports_it(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (ROOT / "tools/toy/data/eval.jsonl").read_text().splitlines()]
     sums = [row for row in rows if row["domain"] == "math"][:PROBLEMS]

@@ -6,7 +6,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_opd.config import Config, load_config
 from megatron_opd.coordinator.buffer import Draws
@@ -19,6 +21,7 @@ TOY = Path(__file__).resolve().parents[3] / "conf/toy.yaml"
 STREAM = ("data.stream.window_mb=32", "data.stream.max_bad_share=0.01")
 MIXTURE = ("data.mixture={math: 0.75, code: 0.25}",)
 LAZY = ("data.lazy.prior=[1,1]",)
+PARQUET = ("parquet",)  # the same records in a parquet file of row groups of 7
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +37,24 @@ def config(tmp_path: Path):
         for n in range(40)
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in lines])
+    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=7)
 
     def loading(*settings: str) -> Config:
-        fixed = [f"data.train={tmp_path / 'train.jsonl'}", "data.eval=null", "data.columns.id=id"]
-        return load_config(TOY, [*fixed, *settings])
+        suffix = "parquet" if settings[:1] == PARQUET else "jsonl"
+        fixed = [f"data.train={tmp_path / 'train'}.{suffix}", "data.eval=null", "data.columns.id=id"]
+        return load_config(TOY, [*fixed, *(item for item in settings if item not in PARQUET)])
 
     return loading
 
 
-@pytest.mark.parametrize("settings", [(), STREAM, MIXTURE, STREAM + MIXTURE, LAZY, LAZY + MIXTURE])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *[(), STREAM, MIXTURE, STREAM + MIXTURE, LAZY, LAZY + MIXTURE],
+        *[PARQUET, PARQUET + STREAM, PARQUET + STREAM + MIXTURE],
+    ],
+)
 def test_a_killed_run_draws_every_prompt_once(config, tokenizer, tmp_path: Path, settings: tuple[str, ...]) -> None:
     stream, fingerprint = open_stream(config(*settings), tokenizer)
     draws = Draws(stream, 0, [])
@@ -59,11 +71,11 @@ def test_a_killed_run_draws_every_prompt_once(config, tokenizer, tmp_path: Path,
     resumed.restore(state)
     after = Draws(resumed, progress.groups, progress.in_flight)
     assert trained + [prompt.id for step in range(2, 6) for _, prompt in after.take(step, 10)] == expected
-    if settings in ((), STREAM):
+    if not any("mixture" in item or "lazy" in item for item in settings):
         assert Counter(expected[:40]) == Counter(f"p{n}" for n in range(40))
 
 
-@pytest.mark.parametrize("settings", [MIXTURE, STREAM + MIXTURE, LAZY + MIXTURE])
+@pytest.mark.parametrize("settings", [MIXTURE, STREAM + MIXTURE, LAZY + MIXTURE, PARQUET + STREAM + MIXTURE])
 def test_a_mixture_holds_in_memory_and_streamed(config, tokenizer, settings: tuple[str, ...]) -> None:
     drawn, _ = open_stream(config(*settings), tokenizer)
     assert Counter(prompt.domain for prompt in drawn.take(40)) == {"math": 30, "code": 10}

@@ -6,14 +6,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from megatron_opd.cli import app
-from megatron_opd.config import load_evaluation
+from megatron_opd.config import PrepareConfig, load_evaluation
+from megatron_opd.data.templates import with_template
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.errors import ConfigError, DataError
 from megatron_opd.evaluation.benchmarks import read_benchmark
+from megatron_opd.prepare.command import prepare
+from megatron_opd.prepare.console import PrepareConsole
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDENT = ROOT / "tools/toy/models/student"
@@ -48,7 +53,8 @@ def test_the_presets_have_the_papers_settings(preset: Path) -> None:
         assert (benchmark.temperature, benchmark.top_p, benchmark.top_k) == (1.0, 1.0, None)
         if preset.stem != "toy":
             assert benchmark.samples == {"math": 32, "code": 4}[benchmark.verifier]
-            assert benchmark.max_new_tokens == 16384 and "{prompt}" in benchmark.template
+            assert benchmark.max_new_tokens == 16384
+            assert benchmark.template == with_template("{prompt}", benchmark.verifier)  # that of prepare
 
 
 def test_presets_go_together() -> None:
@@ -132,6 +138,51 @@ def test_a_template_surrounds_the_question_once(write: Write, tmp_path: Path) ->
     assert plain.text == "1 + 1" and plain.token_ids != problem.token_ids
     with pytest.raises(DataError, match="in the template already"):
         read(write, tmp_path, template, records=({"prompt": problem.text, "answer": 2},))
+
+
+def prepared(folder: Path, name: str, row: dict, *, template: bool) -> Path:
+    """What ``prepare`` makes of one published record."""
+    source, out = folder / f"{name}.{template}.in.jsonl", folder / f"{name}.{template}.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    prepare(name, [source], out, PrepareConfig(template=template), PrepareConsole())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("preset", "benchmark", "name", "row"),
+    [
+        ("math", "aime24", "competition", {"problem": "What is $1 + 1$?", "answer": "2"}),
+        (
+            "code",
+            "mbpp+",
+            "mbpp",
+            {"task_id": 2, "prompt": "Write f.", "test": "assert f(1) == 2", "test_list": ["assert f(1) == 2"]},
+        ),
+    ],
+)
+def test_a_prepared_file_is_asked_in_the_template_once(
+    tmp_path: Path, preset: str, benchmark: str, name: str, row: dict
+) -> None:
+    tokenizer, texts = load_tokenizer(STUDENT), []
+    for template in (True, False):
+        out = prepared(tmp_path, name, row, template=template)
+        table = tmp_path / f"{template}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist([json.loads(out.read_text())]), table)
+        for file in (out, table):
+            config = load_evaluation([str(ROOT / f"conf/eval/{preset}.yaml"), f"benchmarks.{benchmark}.file={file}"])
+            texts += [problem.text for problem in read_benchmark(config, benchmark, tokenizer)]
+    assert len(texts) == 4 and len(set(texts)) == 1
+    assert texts[0].count("final answer" if preset == "math" else "You need to think first") == 1
+
+
+def test_a_file_in_another_template_is_refused_unless_it_is_asked_as_it_is(tmp_path: Path) -> None:
+    out = prepared(tmp_path, "competition", {"problem": "What is $1 + 1$?", "answer": "2"}, template=True)
+    arguments = [str(ROOT / "conf/eval/code.yaml"), f"benchmarks.mbpp+.file={out}"]
+    with pytest.raises(DataError, match=r"template(.|\n)*'math'(.|\n)*--set template=false"):
+        read_benchmark(load_evaluation(arguments), "mbpp+", load_tokenizer(STUDENT))
+    asked = load_evaluation([*arguments, "benchmarks.mbpp+.template=null"])
+    (problem,) = read_benchmark(asked, "mbpp+", load_tokenizer(STUDENT))
+    assert problem.text == json.loads(out.read_text())["prompt"]
 
 
 def test_records_of_another_domain_are_left_out(write: Write, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from megatron_opd.cli import app
 from megatron_opd.config import PrepareConfig
 from megatron_opd.data.rows import Row
+from megatron_opd.data.templates import TEMPLATES, with_template
 from megatron_opd.errors import ConfigError, DataError
 from megatron_opd.prepare import command, sources
 from megatron_opd.prepare.command import parse_benchmarks, prepare
@@ -22,7 +23,7 @@ from megatron_opd.prepare.console import PrepareConsole
 from megatron_opd.prepare.contamination import Benchmarks
 from megatron_opd.prepare.report import Report
 from megatron_opd.prepare.sources import source_rows
-from megatron_opd.prepare.templates import TEMPLATES, bare, with_template
+from megatron_opd.prepare.templates import bare
 from megatron_opd.runtime.supervision import StoppedBySignal
 
 LONG = "A farmer has three fields, and each field has seven rows of twelve trees that bear ten apples in a good year."

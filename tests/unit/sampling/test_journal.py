@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import load_config
+from megatron_opd.config import VerifierConfig, load_config, load_evaluation
+from megatron_opd.config.sections import JudgeConfig
 from megatron_opd.difficulty.identity import settings_of
 from megatron_opd.errors import ConfigError, DataError, EngineError
-from megatron_opd.sampling.identity import model_digest
+from megatron_opd.evaluation.command import _settings
+from megatron_opd.sampling import identity
+from megatron_opd.sampling.identity import judging_of, model_digest
 from megatron_opd.sampling.journal import Journal, Sampled
 
 TOY = Path(__file__).resolve().parents[3] / "conf" / "toy.yaml"
@@ -132,14 +135,45 @@ def test_samples_of_other_weights_are_not_mixed_in(path: Path, tmp_path: Path) -
 
 
 def test_every_option_that_changes_a_sample_is_in_the_identity() -> None:
-    def settings(change: str = "seed=0") -> dict[str, object]:
+    def settings(*changes: str) -> dict[str, object]:
         kinds = ["verifiers.kinds.math=math", "verifiers.kinds.code=code"]
-        return settings_of(load_config(TOY, [*kinds, change]), {"math"})
+        return settings_of(load_config(TOY, [*kinds, *changes]), {"math"})
 
     for change in ("difficulty.temperature=0.7", "rollout.max_new_tokens=79", "verifiers.kinds.math=none"):
         assert settings(change) != settings()
+    for change in ("verifiers.sandbox=limits", "verifiers.anls_threshold=0.6", "verifiers.timeout_s=6"):
+        assert settings(change) != settings()
+    for change in ("data.columns.prompt=question", "engine.dtype=bfloat16", "engine.deterministic=true"):
+        assert settings(change) != settings()
     for change in ("difficulty.level=ends", "difficulty.max_repeats=2", "seed=3", "verifiers.kinds.code=none"):
         assert settings(change) == settings()
+    assert settings("verifiers.workers=3") == settings()
+    assert settings("seed=3", "engine.deterministic=true") != settings("engine.deterministic=true")
+
+
+def test_a_verdict_depends_on_every_option_of_a_verifier_but_those_named_here() -> None:
+    default, without = VerifierConfig(), {"kinds", "workers"}
+    assert {f"verifiers.{name}" for name in VerifierConfig.model_fields if name not in without} == set(
+        judging_of(default, ["math"])
+    )
+    judge = JudgeConfig(url="http://here", model="a")
+    judged = [
+        judging_of(default.model_copy(update={"judge": judge.model_copy(update=change)}), ["judge"])
+        for change in ({}, {"model": "b"}, {"url": "http://there"}, {"max_tokens": 7}, {"token_env": "TOKEN"})
+    ]
+    assert all(other != judged[0] for other in judged[1:4]) and judged[4] == judged[0]
+
+
+def test_the_fence_in_force_belongs_to_the_verdicts_of_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    for level in ("namespaces", "limits"):
+        monkeypatch.setattr(identity, "choose", lambda wanted, level=level: level if wanted == "best" else wanted)
+        levels.append(judging_of(VerifierConfig(), ["code"]))
+        assert judging_of(VerifierConfig(), ["math"])["verifiers.sandbox"] == "best"
+    assert levels[0] != levels[1]  # the same config on two machines
+    evaluation = load_evaluation([str(TOY.parent / "eval/toy.yaml"), "verifiers.anls_threshold=0.7"])
+    found = _settings(evaluation)
+    assert found["verifiers.sandbox in force"] == "limits" and found["verifiers.anls_threshold"] == 0.7
 
 
 def test_a_model_is_known_by_its_content(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import builtins
 import json
+import sys
 
 import pytest
 
@@ -10,7 +11,6 @@ from megatron_opd.verifiers.ifeval import IfevalVerifier
 
 @pytest.fixture(scope="module")
 def verifier() -> IfevalVerifier:
-    pytest.importorskip("if_verifiable", reason="requirements/ifeval.txt is not installed")
     return IfevalVerifier(VerifierConfig())
 
 
@@ -45,6 +45,10 @@ def test_instructions(verifier, response, instructions, expected):
 @pytest.mark.parametrize("text", ["", "[]", '{"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}'])
 def test_unusable_references(verifier, text):
     assert verifier.verify("", "x", text).outcome == -1
+
+
+def test_nothing_is_downloaded(verifier):
+    assert not [name for name in sys.modules if "ifbench" in name]  # the library's other half, whose import downloads
 
 
 def test_a_missing_library_is_told(monkeypatch):
