@@ -63,7 +63,7 @@ def test_every_row_once_an_epoch_in_another_order(tmp_path: Path, megabyte: None
     epochs = [[prompt.id for prompt in stream.take(ROWS)] for _ in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [sorted(f"p{number}" for number in range(ROWS))] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    whole = read_prompts(path, ColumnsConfig(id="id"), None, {"math", "code"}, LetterTokenizer(), 100)
+    whole = read_prompts(PromptReader(path, ColumnsConfig(id="id"), None, {"math", "code"}, LetterTokenizer(), 100))
     assert sorted(open_file(path).take(ROWS), key=lambda prompt: int(prompt.id[1:])) == whole
 
 

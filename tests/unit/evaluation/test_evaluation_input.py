@@ -179,9 +179,9 @@ def test_a_file_in_another_template_is_refused_unless_it_is_asked_as_it_is(tmp_p
     out = prepared(tmp_path, "competition", {"problem": "What is $1 + 1$?", "answer": "2"}, template=True)
     arguments = [str(ROOT / "conf/eval/code.yaml"), f"benchmarks.mbpp+.file={out}"]
     with pytest.raises(DataError, match=r"template(.|\n)*'math'(.|\n)*--set template=false"):
-        read_benchmark(load_evaluation(arguments), "mbpp+", load_tokenizer(STUDENT))
+        read_benchmark(load_evaluation(arguments), "mbpp+", load_tokenizer(STUDENT), STUDENT)
     asked = load_evaluation([*arguments, "benchmarks.mbpp+.template=null"])
-    (problem,) = read_benchmark(asked, "mbpp+", load_tokenizer(STUDENT))
+    (problem,) = read_benchmark(asked, "mbpp+", load_tokenizer(STUDENT), STUDENT)
     assert problem.text == json.loads(out.read_text())["prompt"]
 
 
