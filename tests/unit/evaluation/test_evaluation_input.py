@@ -170,7 +170,7 @@ def test_a_prepared_file_is_asked_in_the_template_once(
         parquet.write_table(pyarrow.Table.from_pylist([json.loads(out.read_text())]), table)
         for file in (out, table):
             config = load_evaluation([str(ROOT / f"conf/eval/{preset}.yaml"), f"benchmarks.{benchmark}.file={file}"])
-            texts += [problem.text for problem in read_benchmark(config, benchmark, tokenizer)]
+            texts += [problem.text for problem in read_benchmark(config, benchmark, tokenizer, STUDENT)]
     assert len(texts) == 4 and len(set(texts)) == 1
     assert texts[0].count("final answer" if preset == "math" else "You need to think first") == 1
 
