@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_opd.engines import sglang_scores
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.errors import EngineError
@@ -122,24 +120,9 @@ class WeightClient(SGLangClient):
             raise
         return answer.get("per_engine_checksum")
 
-    async def probe(self, token_ids: np.ndarray, images: Sequence[Image], pngs: Sequence[bytes]) -> np.ndarray:
-        """Log-prob of each token of a sequence but the first, [L - 1] float32; of a placeholder it means nothing.
-
-        token_ids: [L], with all placeholders of ``images``, whose files are ``pngs``.
-        """
-        sent = np.ones(len(token_ids), bool)
-        for image in images:  # the server expands one placeholder
-            sent[image.start + 1 : image.start + image.tokens] = False
-        body = {
-            "input_ids": np.asarray(token_ids)[sent].tolist(),
-            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        if pngs:
-            body["image_data"] = [base64.b64encode(png).decode() for png in pngs]
-        longest = sglang_scores.longest_answer(len(token_ids), 0)
-        reply = await self._post("/generate", body, prompt_tokens=len(token_ids), max_bytes=longest)
+    async def sequence_logprobs(self, token_ids: np.ndarray, images: Sequence[Image]) -> np.ndarray:
+        """Log-prob of each token of a sequence but the first, [L - 1] float32; of a placeholder it means nothing."""
+        reply = await self._score(token_ids, 0, 0, images)
         return split_rows(reply["meta_info"]["input_token_logprobs"])[0][1:]
 
     # ---------------------------------------------------------------- pauses

@@ -25,7 +25,6 @@ class Probe:
     """A fixed sequence of ordinary ids: what it says does not matter, only that both ends agree on it."""
 
     token_ids: np.ndarray  # [L] int64; of an image all placeholders
-    pngs: tuple[bytes, ...] = ()  # files of the images
     images: tuple[Image, ...] = ()
 
     @property
@@ -42,10 +41,11 @@ def text_probe(vocab_size: int) -> Probe:
     return Probe(np.random.default_rng(0).integers(0, vocab_size, TOKENS))
 
 
-def image_probe(vocab_size: int, vision: Vision) -> Probe:
+def image_probe(vocab_size: int, vision: Vision, folder: Path | None) -> Probe:
     """For one that does: an image of noise, which a server's image processor leaves as it is, among ordinary ids.
 
-    The same image at every refresh: an engine that answers out of what it kept of an older tower is found out.
+    The same image at every refresh: an engine that answers out of what it kept of an older tower is found out. It is
+    put into ``folder``, that of the prompts' images, if there is one here.
     """
     generator = np.random.default_rng(0)
     rows, columns = _grid(vision)
@@ -57,18 +57,16 @@ def image_probe(vocab_size: int, vision: Vision) -> Probe:
     text = generator.integers(0, min(vision.image_token, vision.start_token, vision.end_token, vocab_size), TOKENS)
     seen = [vision.start_token, *[vision.image_token] * (rows * columns), vision.end_token]
     image = Image(hashlib.sha256(png).hexdigest(), rows, columns, start=_BEFORE + 1)
-    return Probe(np.concatenate([text[:_BEFORE], seen, text[_BEFORE:]]), (png,), (image,))
+    if folder is not None:
+        _write(image_file(folder, image.hash), png)
+    return Probe(np.concatenate([text[:_BEFORE], seen, text[_BEFORE:]]), (image,))
 
 
-def keep_images(probe: Probe, folder: Path) -> None:
-    """Put the probe's images where the student reads its images."""
-    for image, png in zip(probe.images, probe.pngs, strict=True):
-        path = image_file(folder, image.hash)
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            partial.write_bytes(png)
-            partial.replace(path)
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _grid(vision: Vision) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from megatron_opd.errors import OpdError, RefreshError
 from megatron_opd.runtime.http import TransientError
 from megatron_opd.student.build import Student
 from megatron_opd.student.export import hf_weights
-from megatron_opd.student.probe import Probe, image_probe, keep_images, text_probe
+from megatron_opd.student.probe import Probe, image_probe, text_probe
 from megatron_opd.student.step import sequence_logprobs
 from megatron_opd.student.transports import TRANSPORTS, Place, Sent, Transport
 from megatron_opd.student.transports.base import each, soon
@@ -78,9 +78,8 @@ class WeightRefresh:
         images: ImageReader | None = None,
     ) -> WeightRefresh:
         """engines: all there are, on the first rank; none on the others. images: of a student that reads any."""
-        probe = text_probe(vocab_size) if images is None else image_probe(vocab_size, images.vision)
-        if engines and images is not None:
-            keep_images(probe, images.folder)
+        keep = images.folder if images is not None and engines else None
+        probe = text_probe(vocab_size) if images is None else image_probe(vocab_size, images.vision, keep)
         return cls(config, probe, engines, TRANSPORTS[config.mode](config, place) if engines else None)
 
     async def close(self) -> None:
@@ -238,7 +237,7 @@ class WeightRefresh:
 
     async def _check_probe(self, engine: WeightClient, ours: np.ndarray, version: int) -> float:
         probe = self._probe
-        theirs = await engine.probe(probe.token_ids, probe.images, probe.pngs)
+        theirs = await engine.sequence_logprobs(probe.token_ids, probe.images)
         same = ours.shape == theirs.shape
         difference = float(np.abs(ours - theirs)[probe.compared].max()) if same else float("nan")
         if not difference <= self._config.probe_tolerance:  # also true for NaN

@@ -24,7 +24,7 @@ _OWN_SIZES = {"qwen2_5_vl": ("window_size",), "qwen3_vl": ("num_position_embeddi
 _LEVELS = {"qwen2_5_vl": "fullatt_block_indexes", "qwen3_vl": "deepstack_visual_indexes"}
 
 
-def has_vision(hf_config: dict[str, Any]) -> bool:
+def has_tower(hf_config: dict[str, Any]) -> bool:
     """Whether the model of a config.json reads images."""
     return isinstance(hf_config.get("vision_config"), dict)
 
@@ -44,7 +44,7 @@ def deepstack_levels(hf_config: dict[str, Any]) -> int:
 
 def check_vision(model: Path, hf_config: dict[str, Any]) -> None:
     """Raise ModelError unless the multimodal model of a config.json is one we build; ``sizes`` checks its text part."""
-    if not has_vision(hf_config):
+    if not has_tower(hf_config):
         raise _mistake(model, "vision_config", hf_config.get("vision_config"), "the sizes of the model's vision tower")
     _check_tie(model, hf_config)
     _check_sections(model, hf_config)
@@ -58,7 +58,7 @@ def check_vision(model: Path, hf_config: dict[str, Any]) -> None:
 
 def vision_mistakes(student: StudentConfig, hf_config: dict[str, Any]) -> Iterator[OpdError]:
     """What ``student`` asks of a model that can be built, and that its tower, or the lack of one, does not allow."""
-    if student.train_vision and not has_vision(hf_config):
+    if student.train_vision and not has_tower(hf_config):
         yield ConfigError(
             "A model without a vision tower cannot train one",
             where="student.train_vision",
