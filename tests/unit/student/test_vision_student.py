@@ -135,3 +135,11 @@ def test_export_is_equal_to_the_bit(runs: dict, work: Path, layout: str, kind: s
     )
     assert original.keys() == copy.keys()
     assert all(torch.equal(original[key], copy[key]) for key in original)
+
+
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_half_precision(runs: dict, reference: dict, layout: str, kind: str) -> None:
+    """bfloat16 weights give nearly the same step."""
+    half, expected = runs[layout][kind]["half"], reference[kind]["learning"]
+    assert half["loss"] == pytest.approx(expected["loss"], abs=0.01)
+    assert half["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)

@@ -60,6 +60,8 @@ def run_kind(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[
     for split in ("row_each", "one_row"):  # from the second on, gradients are sent when all are there
         step.train_step(student, batch_of(seen, split), LossConfig())
     result["after_two_steps"] = exported(student)
+    half = build_student(config_of(work / kind, sizes | {"dtype": "bfloat16"}, train_vision=True))
+    result["half"] = dataclasses.asdict(step.train_step(half, batch_of(seen, "row_each"), LossConfig()))
     return result
 
 
