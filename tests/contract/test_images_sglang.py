@@ -101,6 +101,16 @@ async def test_a_model_that_teaches_itself_has_no_gap(client, served: Served, si
         assert np.abs(rollout.logprobs - expected).max() <= TOLERANCE
 
 
+async def test_a_text_that_names_an_image_keeps_its_tokens(client, served: Served) -> None:
+    """SGLang takes "<image>" in a text for the place of an image, unless it leaves the tokens as they are."""
+    tokenizer = load_tokenizer(served.model)
+    prompt = image_prompt(served.images, served.vision, [(2, 4)], seed=9)
+    response = np.array(tokenizer.encode("see <image> and <image>", add_special_tokens=False))
+    scores = await score(client, score_request(np.array(prompt.token_ids), response, VOCAB, 0, images=prompt.images))
+    expected = served.reference.logprobs(prompt, response.tolist())
+    assert np.abs(scores.logprobs - expected).max() <= TOLERANCE
+
+
 async def test_a_group_s_image_is_encoded_once(client, served: Served) -> None:
     prompt = image_prompt(served.images, served.vision, [(8, 8)], seed=5)
     response, ids = response_of(8, seed=6), np.array(prompt.token_ids)
