@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_opd.errors import OpdError
+from megatron_opd.errors import OpdError, system_error
 
 if TYPE_CHECKING:
     from megatron_opd.observe.console import ProgressConsole
@@ -258,13 +258,21 @@ def show_config() -> None:
 
 @contextmanager
 def _told(console: ProgressConsole) -> Iterator[None]:
-    """Show an error of ours, or the signal that stopped the command, and end with the exit code that belongs to it."""
+    """Show an error of ours, or the signal that stopped the command, and end with the exit code that belongs to it.
+
+    A file or folder that the system refuses is the user's affair too, wherever it is met.
+    """
     from megatron_opd.runtime.supervision import StoppedBySignal
 
     try:
         yield
     except OpdError as error:
         console.error(error)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.filename is None:  # of no file: a defect
+            raise
+        console.error(system_error(error))
         raise typer.Exit(1) from None
     except StoppedBySignal as stop:
         console.error(stop)

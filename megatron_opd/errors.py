@@ -14,6 +14,7 @@ To add one: derive from ``OpdError`` and from the standard exception that a call
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -70,6 +71,13 @@ class RefreshError(OpdError, RuntimeError):
 
 class CheckpointError(OpdError, RuntimeError):
     """A checkpoint that cannot be read."""
+
+
+def system_error(error: OSError) -> OpdError:
+    """What the system says of a file or folder, as an error of ours."""
+    where = " and ".join(os.path.abspath(name) for name in (error.filename, error.filename2) if isinstance(name, str))
+    fix = "give a path that can be read, or written where it is an output"
+    return OpdError("A file or folder cannot be used", where=where or None, got=error.strerror, fix=fix)
 
 
 def raise_together(found: Sequence[OpdError]) -> None:

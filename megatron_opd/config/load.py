@@ -63,6 +63,8 @@ def _merge(merged: DictConfig, overrides: list[str]) -> DictConfig:
         is_file = "=" not in item
         try:
             merged = OmegaConf.merge(merged, _read(Path(item), ()) if is_file else OmegaConf.from_dotlist([item]))
+        except ConfigError:  # of the file itself
+            raise
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError("The config cannot be merged", where=item, got=error) from error
     return merged

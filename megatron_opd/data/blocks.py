@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_opd.data.rows import Row
+from megatron_opd.data.rows import Row, check_file
 from megatron_opd.errors import DataError
 
 BLOCK = 1 << 20  # bytes
@@ -27,8 +27,7 @@ class LineBlocks:
 
     def __init__(self, path: Path, block: int = BLOCK) -> None:
         """``block``: bytes. Raises DataError for a file that is not there, is empty, or has no lines to jump to."""
-        if not path.is_file():
-            raise DataError("No such prompt file", where=path.absolute(), fix="give the path of an existing file")
+        check_file(path)
         if path.suffix != ".jsonl":
             expected = "a .jsonl or .parquet file: places in others cannot be jumped to"
             fix = "unpack it, convert it with megatron-opd prepare, or leave data.stream out"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_opd.data.blocks import file_fingerprint
-from megatron_opd.data.rows import BATCH_ROWS, Row, check_columns
+from megatron_opd.data.rows import BATCH_ROWS, Row, check_columns, check_file
 from megatron_opd.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ class RowGroups:
         import pyarrow
         from pyarrow import parquet
 
-        if not path.is_file():
-            raise DataError("No such prompt file", where=path.absolute(), fix="give the path of an existing file")
+        check_file(path)
         self.path, self._columns, self._most = path, columns, megabytes * MEGABYTE
         try:
             self._file = parquet.ParquetFile(path)

@@ -42,8 +42,7 @@ def read_rows(path: Path, columns: list[str] | None, optional: tuple[str, ...] =
 
     Raises DataError if the file as a whole cannot be read, or lacks a column (parquet).
     """
-    if not path.is_file():
-        raise DataError("No such prompt file", where=path.absolute(), fix="give the path of an existing file")
+    check_file(path)
     if path.name.endswith(".parquet"):
         yield from _parquet_rows(path, columns, optional)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -56,6 +55,17 @@ def read_rows(path: Path, columns: list[str] | None, optional: tuple[str, ...] =
             expected=", ".join(SUFFIXES),
             fix="convert the file, or rename it if it is one of these",
         )
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError unless there is a file, in folders that may be looked into."""
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise DataError("The prompt file cannot be read", where=path.absolute(), got=error) from error
+    if not found:
+        got = "a folder" if path.is_dir() else None
+        raise DataError("No such prompt file", where=path.absolute(), got=got, fix="give the path of an existing file")
 
 
 def _lines(path: Path) -> Iterator[Row]:

@@ -29,6 +29,7 @@ def read_benchmark(
         error.where = f"{error.where} (benchmarks.{name})"
         if error.fix is not None:
             fix = error.fix.replace("data.columns", f"benchmarks.{name}.columns").replace("data.images", "images")
+            fix = fix.replace("set data.default_domain", f"set benchmarks.{name}.domain=null to take all records")
             error.fix = fix.replace("data.max_prompt_tokens", "max_prompt_tokens")
         raise
 
@@ -42,10 +43,10 @@ def _read(
 ) -> list[Prompt]:
     column = None if benchmark.domain is None else benchmark.columns.domain
     columns = benchmark.columns.model_copy(update={"repeats": None, "domain": column})
-    present = {name} if column is None else _values(benchmark.file, column)
     wanted = benchmark.domain or name
+    present = {name} if column is None else _values(benchmark.file, column) or {wanted}  # none: the reader tells why
     if wanted not in present:
-        got = ", ".join(sorted(present)) or f"no value in {column}"
+        got = ", ".join(sorted(present))
         raise DataError("No record is of the benchmark's domain", where=benchmark.file, got=got, expected=wanted)
     default = name if column is None else None
     images = ImageReading(store, frozenset(present)) if store else None

@@ -49,7 +49,7 @@ def prepare(name: str, files: list[Path], out: Path, options: PrepareConfig, con
             for row in source_rows(path, converter.columns):
                 run.take(path, row)
                 console.counted(run.report.read)
-        run.finish(out)
+        run.finish(out, files)
         _write_report(report_path, name, files, run.report)
     console.told(run.report, out, report_path)
     return run.report
@@ -96,12 +96,13 @@ class _Run:
             if len(self._flaws) >= self._options.max_bad + MOST_FLAWS_TOLD:  # enough to see what is wrong
                 raise self._too_bad(path) from flaw
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Path, files: list[Path]) -> None:
         """Raise DataError unless the file may be kept."""
         if len(self._flaws) > self._options.max_bad:
             raise self._too_bad(self._flaws[0][0])
         if not self.report.kept:
-            got = ", ".join(f"{count} x {reason}" for reason, count in self.report.dropped.items()) or "no records"
+            got = ", ".join(f"{count} x {reason}" for reason, count in self.report.dropped.items())
+            got = got or f"no records in {', '.join(map(str, files))}"
             raise DataError("No record is left", where=out, got=got, expected="at least one")
 
     def _convert(self, path: Path, row: Row, where: str) -> None:

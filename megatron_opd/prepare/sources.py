@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from megatron_opd.data.rows import Row, read_rows, type_name
+from megatron_opd.data.rows import Row, check_file, read_rows, type_name
 from megatron_opd.errors import DataError
 
 CHUNK = 1 << 20  # characters
@@ -22,8 +22,7 @@ def source_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row]:
     if path.suffix != ".json":
         yield from read_rows(path, None if columns is None else list(columns))
         return
-    if not path.is_file():
-        raise DataError("No such file", where=path.absolute(), fix="give the path of an existing file")
+    check_file(path)
     try:
         with path.open(encoding="utf-8") as file:
             yield from _array(path, file)

@@ -64,9 +64,17 @@ class Journal:
         samples: N of each prompt, by id; option: the key that chooses the folder, for errors. Raises ConfigError when
         the identity differs or another process holds the journal, DataError when a line cannot be used.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _check_folder(path, option)
-        file = path.open("a+b")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _check_folder(path, option)
+            file = path.open("a+b")
+        except OSError as error:
+            raise ConfigError(
+                "The folder cannot be written to",
+                where=path.parent.absolute(),
+                got=error,
+                fix=f"choose another folder with {option}=...",
+            ) from error
         try:
             _lock(path, file, option)
             journal = cls(path, file, model, samples, option)

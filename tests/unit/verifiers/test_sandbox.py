@@ -328,3 +328,14 @@ def test_root_becomes_a_user_who_owns_nothing(tmp_path):
     command = [str(python), "-I", "-S", "-c", code, str(process.INSIDE)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={}, check=True)
     assert done.stdout == "True True []\n"
+
+
+def test_limits_need_no_right_at_all():
+    """A root who can neither leave to mount nor become another user, as in a container that was given nothing."""
+    shut = "echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all --inh-caps=-all "
+    look = "from megatron_opd.verifiers.sandbox import probes; print([(p.level, p.works) for p in probes()][1:])"
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", f"{shut} {sys.executable} -c '{look}'"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode != 0 and "unshare" in done.stderr and "Traceback" not in done.stderr:
+        pytest.skip("no user namespaces to be shut in")
+    assert done.stdout == "[('namespaces', False), ('limits', True)]\n", done.stderr

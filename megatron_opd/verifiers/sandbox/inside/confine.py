@@ -120,15 +120,25 @@ def end_like(status: int) -> None:
 
 
 def leave_root() -> None:
-    """Without namespaces: become a user who owns nothing, unless nobody but root can read the standard library."""
-    if os.geteuid() == 0:
-        os.seteuid(NOBODY)
-        readable = os.access(json.__file__, os.R_OK, effective_ids=True)
-        os.seteuid(0)
-        if readable:
-            os.chmod(".", 0o777)
-            become(FIRST_USER + os.getpid())
+    """Without namespaces: become a user who owns nothing, unless nobody but root can read the standard library.
+
+    A root who may not become anybody (without CAP_SETUID, or alone in a user namespace) stays, without capabilities.
+    """
+    if os.geteuid() == 0 and others_can_read(json.__file__):
+        os.chmod(".", 0o777)
+        become(FIRST_USER + os.getpid())
     drop_privileges()
+
+
+def others_can_read(file: str) -> bool:
+    """Whether root can become another user, and that one read ``file``."""
+    try:
+        os.seteuid(NOBODY)
+    except OSError:
+        return False
+    readable = os.access(file, os.R_OK, effective_ids=True)
+    os.seteuid(0)
+    return readable
 
 
 def become(user: int) -> None:
