@@ -103,13 +103,22 @@ def signals_cancel() -> Iterator[None]:
 
 def answers(url: str) -> bool:
     """Whether a GET of ``url`` gives 200 right now."""
+    return _status(url) == 200
+
+
+def responds(url: str) -> bool:
+    """Whether a GET of ``url`` gives anything: a server that refuses, such as one that is paused, does not hang."""
+    return _status(url) is not None
+
+
+def _status(url: str) -> int | None:
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=2)
     try:
         connection.request("GET", address.path)
-        return connection.getresponse().status == 200
+        return connection.getresponse().status
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
 

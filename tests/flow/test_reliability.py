@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from faults import (
     COORDINATOR,
@@ -50,6 +52,22 @@ def test_everything_dies_once_and_nothing_is_lost(servers: Servers, run_train) -
     assert lost_and_repeated(run, STEPS, settings) == (0, 0)
     for row in run.metrics():  # no token of an engine's first weights
         assert row["opd/engine_trainer_difference"] <= 1e-4 and row["refresh/probe_difference"] <= 1e-4
+
+
+def test_a_teacher_that_hangs_is_killed_and_comes_back(servers: Servers, run_train) -> None:
+    attached = [f"rollout.server.urls=[{servers.rollout}]", f"teachers.code.server.urls=[{servers.code}]"]
+    settings = [*SMALL, *attached, "engine.hang_s=10", "engine.request_timeout_s=3600", "steps=3"]
+    run = run_train("hung-up", *settings)
+    await_doing(run, "step 2: rollouts")
+    await_log(run, "teacher-math", "POST /generate", log_length(run, "teacher-math"))
+    kill(run, MATH, signal.SIGSTOP)  # during scoring; without an end to its requests the run would wait for an hour
+    assert finish(run, 600) == 0, run.text()
+    told = [event["event"] for event in run.events() if event["event"].startswith("server_")]
+    assert told == ["server_hangs", "server_died", "server_returned"]
+    assert "teacher-math has answered nothing for" in run.text()
+    assert not [event for event in run.events() if event["event"] == "dropped"]
+    assert lost_and_repeated(run, 3, settings) == (0, 0)
+    assert wrong_numbers(run, "math", servers.math, settings) == 0
 
 
 def test_no_wrong_number_of_a_teacher_reaches_the_loss(servers: Servers, run_train) -> None:
