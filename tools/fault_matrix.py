@@ -51,44 +51,49 @@ STEPS = 4
 DISK, DISK_MB, FULL_S = "disk", 32, 5.0  # a small file system, and how long it stays full after that was noticed
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by tools/fault_matrix.py -->", "<!-- end -->"
-Inject = Callable[[Run, FaultyServer], None]
+Inject = Callable[[Run, FaultyServer], float]
+"""Does it at the right moment of a run; the time at which it has."""
 
 
 def scoring(number: signal.Signals, role: str = "teacher-math") -> Inject:
-    def inject(run: Run, _: FaultyServer) -> None:
+    def inject(run: Run, _: FaultyServer) -> float:
         await_doing(run, "step 2: rollouts")
         await_log(run, role, "POST /generate", log_length(run, role))
         kill(run, MATH, number)
+        return time.time()
 
     return inject
 
 
 def generating(number: signal.Signals) -> Inject:
-    def inject(run: Run, _: FaultyServer) -> None:
+    def inject(run: Run, _: FaultyServer) -> float:
         await_doing(run, "step 2: rollouts")
         kill(run, ROLLOUT, number)
+        return time.time()
 
     return inject
 
 
 def refreshing(text: str) -> Inject:
-    def inject(run: Run, _: FaultyServer) -> None:
+    def inject(run: Run, _: FaultyServer) -> float:
         await_doing(run, "step 2: training")
         await_log(run, "rollout", text, log_length(run, "rollout"))
         kill(run, ROLLOUT)
+        return time.time()
 
     return inject
 
 
 def job(part: str) -> Inject:
-    def inject(run: Run, _: FaultyServer) -> None:
+    def inject(run: Run, _: FaultyServer) -> float:
         await_doing(run, "step 3: rollouts")
         kill(run, part)
+        return time.time()
 
     return inject
 
 
-def fill_disk(run: Run, _: FaultyServer) -> None:
+def fill_disk(run: Run, _: FaultyServer) -> float:
     """Take all room when step 2 begins, and give it back some time after the student has noticed."""
     await_doing(run, "step 2: rollouts")
     filling, noticed = run.folder.parent / DISK / "filling", log_length(run, "student")
@@ -100,29 +105,33 @@ def fill_disk(run: Run, _: FaultyServer) -> None:
         except OSError:
             pass  # it is full
     await_log(run, "student", "The disk is full", noticed)
-    full_until = time.monotonic() + FULL_S
-    until(run, lambda: time.monotonic() > full_until)
+    began = time.time()
+    until(run, lambda: time.time() > began + FULL_S)
     filling.unlink()
+    return began
 
 
 def for_a_while(kind: str, times: int) -> Inject:
-    def inject(run: Run, faulty: FaultyServer) -> None:
+    def inject(run: Run, faulty: FaultyServer) -> float:
         await_doing(run, "step 2: rollouts")
         faulty.spoil_next(kind, times)
+        return time.time()
 
     return inject
 
 
 def every_second(*kinds: str) -> Inject:
-    def inject(run: Run, faulty: FaultyServer) -> None:
+    def inject(run: Run, faulty: FaultyServer) -> float:
         await_doing(run, "step 2: rollouts")
         faulty.plan[:] = kinds
+        return time.time()
 
     return inject
 
 
-def nothing(run: Run, _: FaultyServer) -> None:
+def nothing(run: Run, _: FaultyServer) -> float:
     await_doing(run, "step 2: rollouts")
+    return time.time()
 
 
 @dataclass(frozen=True)
@@ -208,8 +217,7 @@ def try_one(name: str, servers: Servers, folder: Path) -> Seen:
             process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
         run = Run(process, folder / "run", output)
         try:
-            fault.inject(run, faulty)
-            at = time.time()
+            at = fault.inject(run, faulty)
             assert finish(run, 900) == 0, run.text()
         finally:
             if process.poll() is None:
@@ -241,6 +249,8 @@ def told(run: Run) -> str:
                 lines.append(f"went on after step {event['step']}")
             case "dropped":
                 lines += [f"dropped {reason.split(', such as')[0]}" for reason in event["reasons"]]
+    if "waiting for at most" in (run.folder / "logs" / "student.log").read_text(errors="replace"):
+        lines.append("the student waited for room")
     return "; ".join(dict.fromkeys(lines)) or "nothing dropped"
 
 
