@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor, Future
 
-from megatron_opd.runtime.supervision import responds
+from megatron_opd.runtime.supervision import ANSWER_S, responds
 
 ASK_EVERY_S = 5.0
 
@@ -23,6 +23,7 @@ class Pulse:
 
     def __init__(self, url: str, threads: Executor, every_s: float = ASK_EVERY_S) -> None:
         self._url, self._threads, self._every_s = url, threads, every_s
+        self._answer_s = max(every_s, ANSWER_S)
         self._question: Future[bool] | None = None
         self._asked: float | None = None  # when that was, or the last one
         self._silent_since: float | None = None  # the first question of a row without answers
@@ -34,7 +35,7 @@ class Pulse:
             self._note(self._question.result())
             self._question = None
         if self._question is None and (self._asked is None or now - self._asked >= self._every_s):
-            self._asked, self._question = now, self._threads.submit(responds, self._url)
+            self._asked, self._question = now, self._threads.submit(responds, self._url, self._answer_s)
         return self._silence_s
 
     def _note(self, answered: bool) -> None:

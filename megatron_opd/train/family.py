@@ -23,7 +23,7 @@ from megatron_opd.runtime.supervision import answers, death, late
 from megatron_opd.train.roles import JOBS, Role
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a dead server is started again; doubled each time
-ASKING_THREADS = 16  # a question to a server that hangs keeps one of them for two seconds
+ASKING_THREADS = 16  # a question to a server that hangs keeps one of them for seconds
 
 
 @dataclass
@@ -83,7 +83,9 @@ class Family:
             return
         silence = member.pulse.silence_s(time.monotonic())
         if silence >= self._config.hang_s:
-            self._recorder.event("server_hangs", name=member.role.name, url=member.role.ready_url, seconds=silence)
+            self._recorder.event(
+                "server_hangs", name=member.role.name, url=member.role.ready_url, seconds=round(silence, 1)
+            )
             end_session(member.child)
 
     def _may_return(self, member: _Member) -> bool:

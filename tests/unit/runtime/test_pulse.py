@@ -19,21 +19,21 @@ class Threads:
     """Runs what it is given when ``work`` is called."""
 
     def __init__(self) -> None:
-        self.given: list[tuple[Future[bool], Callable[[str], bool], str]] = []
+        self.given: list[tuple[Future[bool], Callable[[str, float], bool], tuple[str, float]]] = []
 
-    def submit(self, ask: Callable[[str], bool], url: str) -> Future[bool]:
-        self.given.append((Future(), ask, url))
+    def submit(self, ask: Callable[[str, float], bool], *arguments: str | float) -> Future[bool]:
+        self.given.append((Future(), ask, arguments))
         return self.given[-1][0]
 
     def work(self) -> None:
-        for future, ask, url in self.given:
-            future.set_result(ask(url))
+        for future, ask, arguments in self.given:
+            future.set_result(ask(*arguments))
         self.given.clear()
 
 
 def test_silence_is_between_questions_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     said, threads = {"answers": True}, Threads()
-    monkeypatch.setattr(pulse_module, "responds", lambda url: said["answers"])
+    monkeypatch.setattr(pulse_module, "responds", lambda url, timeout_s: said["answers"])
     pulse = Pulse("http://x", threads, every_s=5)
 
     def look(now: float) -> float:
@@ -66,8 +66,8 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 def test_a_server_that_refuses_answers_and_one_that_says_nothing_does_not() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        assert responds(f"http://127.0.0.1:{server.server_port}/ready")
+        assert responds(f"http://127.0.0.1:{server.server_port}/ready", 2)
         threading.Thread(target=server.handle_request, daemon=True).start()
         assert not answers(f"http://127.0.0.1:{server.server_port}/ready")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, as the kernel does for one that hangs
-        assert not responds(f"http://127.0.0.1:{silent.getsockname()[1]}/ready")
+        assert not responds(f"http://127.0.0.1:{silent.getsockname()[1]}/ready", 0.5)
