@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -36,91 +38,143 @@ from faults import (
     log_length,
     lost_and_repeated,
     proxied,
+    small_disk,
+    until,
     wrong_numbers,
 )
-from faulty_proxy import PASSING, SPOILT, FaultyProxy
+from faulty_server import FAULTS as REPLIES
+from faulty_server import FaultyServer
 
 from runs import COMMAND, ROOT, TOY, Run, Servers, finish
 
 STEPS = 4
+DISK, DISK_MB, FULL_S = "disk", 32, 5.0  # a small file system, and how long it stays full after that was noticed
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by tools/fault_matrix.py -->", "<!-- end -->"
-Inject = Callable[[Run, FaultyProxy], None]
+Inject = Callable[[Run, FaultyServer], float]
+"""Does it at the right moment of a run; the time at which it has."""
 
 
-def scoring(run: Run, _: FaultyProxy) -> None:
-    await_doing(run, "step 2: rollouts")
-    await_log(run, "teacher-math", "POST /generate", log_length(run, "teacher-math"))
-    kill(run, MATH)
+def scoring(number: signal.Signals, role: str = "teacher-math") -> Inject:
+    def inject(run: Run, _: FaultyServer) -> float:
+        await_doing(run, "step 2: rollouts")
+        await_log(run, role, "POST /generate", log_length(run, role))
+        kill(run, MATH, number)
+        return time.time()
+
+    return inject
 
 
-def generating(run: Run, _: FaultyProxy) -> None:
-    await_doing(run, "step 2: rollouts")
-    kill(run, ROLLOUT)
+def generating(number: signal.Signals) -> Inject:
+    def inject(run: Run, _: FaultyServer) -> float:
+        await_doing(run, "step 2: rollouts")
+        kill(run, ROLLOUT, number)
+        return time.time()
+
+    return inject
 
 
 def refreshing(text: str) -> Inject:
-    def inject(run: Run, _: FaultyProxy) -> None:
+    def inject(run: Run, _: FaultyServer) -> float:
         await_doing(run, "step 2: training")
         await_log(run, "rollout", text, log_length(run, "rollout"))
         kill(run, ROLLOUT)
+        return time.time()
 
     return inject
 
 
 def job(part: str) -> Inject:
-    def inject(run: Run, _: FaultyProxy) -> None:
+    def inject(run: Run, _: FaultyServer) -> float:
         await_doing(run, "step 3: rollouts")
         kill(run, part)
+        return time.time()
 
     return inject
 
 
-def for_a_while(fault: str, times: int) -> Inject:
-    def inject(run: Run, proxy: FaultyProxy) -> None:
-        await_doing(run, "step 2: rollouts")
-        proxy.fault, proxy.times = fault, times
-
-    return inject
-
-
-def every_second(*faults: str) -> Inject:
-    def inject(run: Run, proxy: FaultyProxy) -> None:
-        await_doing(run, "step 2: rollouts")
-        proxy.plan[:] = faults
-
-    return inject
-
-
-def nothing(run: Run, _: FaultyProxy) -> None:
+def fill_disk(run: Run, _: FaultyServer) -> float:
+    """Take all room when step 2 begins, and give it back some time after the student has noticed."""
     await_doing(run, "step 2: rollouts")
+    filling, noticed = run.folder.parent / DISK / "filling", log_length(run, "student")
+    with filling.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass  # it is full
+    await_log(run, "student", "The disk is full", noticed)
+    began = time.time()
+    until(run, lambda: time.time() > began + FULL_S)
+    filling.unlink()
+    return began
 
 
-OWN_MATH, OWN_ROLLOUT, PROXY = "its own teacher", "its own engine", "a teacher behind the proxy"
-PATIENCE = ["engine.request_timeout_s=4", "scoring.max_dropped_share=1"]
-FAULTS: dict[str, tuple[Inject, str, list[str]]] = {
-    "nothing": (nothing, "", []),
-    "kill -9, the only replica of a teacher, scoring": (scoring, OWN_MATH, []),
-    "kill -9, the only rollout engine, generating": (generating, OWN_ROLLOUT, []),
-    "kill -9, the only rollout engine, in a refresh by broadcast": (
-        refreshing("/begin_weight_update"),
-        OWN_ROLLOUT,
-        ["refresh.bucket_mb=1"],
+def for_a_while(kind: str, times: int) -> Inject:
+    def inject(run: Run, faulty: FaultyServer) -> float:
+        await_doing(run, "step 2: rollouts")
+        faulty.spoil_next(kind, times)
+        return time.time()
+
+    return inject
+
+
+def every_second(*kinds: str) -> Inject:
+    def inject(run: Run, faulty: FaultyServer) -> float:
+        await_doing(run, "step 2: rollouts")
+        faulty.plan[:] = kinds
+        return time.time()
+
+    return inject
+
+
+def nothing(run: Run, _: FaultyServer) -> float:
+    await_doing(run, "step 2: rollouts")
+    return time.time()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row: what is done, which server the run has for itself, and the settings that it needs."""
+
+    inject: Inject
+    server: str = ""
+    settings: tuple[str, ...] = ()
+
+
+OWN_MATH, OWN_ROLLOUT, PROXY = "its own teacher", "its own engine", "a teacher behind a faulty server"
+PATIENCE = ("engine.request_timeout_s=4", "scoring.max_dropped_share=1")
+HANG = ("engine.hang_s=10", "engine.request_timeout_s=600")
+FAULTS: dict[str, Fault] = {
+    "nothing": Fault(nothing),
+    "kill -9, the only replica of a teacher, scoring": Fault(scoring(signal.SIGKILL), OWN_MATH),
+    "kill -9, one of two replicas of a teacher, scoring": Fault(
+        scoring(signal.SIGKILL, "teacher-math-0"), OWN_MATH, ("teachers.math.server.replicas=2",)
     ),
-    "kill -9, the only rollout engine, in a refresh by disk": (
-        refreshing("Update engine weights online from disk"),
-        OWN_ROLLOUT,
-        ["refresh.mode=disk"],
+    "kill -9, the only rollout engine, generating": Fault(generating(signal.SIGKILL), OWN_ROLLOUT),
+    "kill -9, the only rollout engine, in a refresh by broadcast": Fault(
+        refreshing("/begin_weight_update"), OWN_ROLLOUT, ("refresh.bucket_mb=1",)
     ),
-    "kill -9, one of two rollout engines, generating": (generating, OWN_ROLLOUT, ["rollout.server.replicas=2"]),
-    "kill -9, the coordinator": (job(COORDINATOR), "", []),
-    "kill -9, a rank of the student": (job(STUDENT), "", []),
-    "a teacher answers 500 to 6 requests": (for_a_while("500", 6), PROXY, PATIENCE),
-    "a teacher answers 503 to 6 requests": (for_a_while("503", 6), PROXY, PATIENCE),
-    "a teacher hangs for 6 requests": (for_a_while("hang", 6), PROXY, PATIENCE),
+    "kill -9, the only rollout engine, in a refresh by disk": Fault(
+        refreshing("Update engine weights online from disk"), OWN_ROLLOUT, ("refresh.mode=disk",)
+    ),
+    "kill -9, one of two rollout engines, generating": Fault(
+        generating(signal.SIGKILL), OWN_ROLLOUT, ("rollout.server.replicas=2",)
+    ),
+    "kill -9, the coordinator": Fault(job(COORDINATOR)),
+    "kill -9, a rank of the student": Fault(job(STUDENT)),
+    "SIGSTOP, the only replica of a teacher, scoring": Fault(scoring(signal.SIGSTOP), OWN_MATH, HANG),
+    "SIGSTOP, the only rollout engine, generating": Fault(generating(signal.SIGSTOP), OWN_ROLLOUT, HANG),
+    "a full disk in a refresh by disk": Fault(fill_disk, settings=("refresh.mode=disk", f"refresh.folder={{}}/{DISK}")),
+    "a teacher answers 500 to 6 requests": Fault(for_a_while("error_500", 6), PROXY, PATIENCE),
+    "a teacher answers 503 to 6 requests": Fault(for_a_while("error_503", 6), PROXY, PATIENCE),
+    "a teacher hangs for 6 requests": Fault(for_a_while("hang", 6), PROXY, PATIENCE),
     **{
-        f"a teacher's answer: {fault}": (every_second(*[fault] * (2 if fault == "swapped" else 3)), PROXY, PATIENCE)
-        for fault in [*SPOILT, "oversized", "swapped", *PASSING]
+        f"3 replies of a teacher: {fault.what}": Fault(
+            every_second(*[kind] * (4 if kind == "swapped" else 3)), PROXY, PATIENCE
+        )
+        for kind, fault in REPLIES.items()
     },
 }
 
@@ -140,33 +194,36 @@ class Seen:
         return not (self.lost or self.repeated or self.wrong)
 
 
-def settings_of(servers: Servers, kind: str, more: list[str], url: str) -> list[str]:
+def settings_of(servers: Servers, fault: Fault, url: str, folder: Path) -> list[str]:
     """The overrides of a run: which servers it shares."""
     attached = [f"teachers.code.server.urls=[{servers.code}]"]
-    if kind != OWN_ROLLOUT:
+    if fault.server != OWN_ROLLOUT:
         attached.append(f"rollout.server.urls=[{servers.rollout}]")
-    if kind != OWN_MATH:
-        attached.append(f"teachers.math.server.urls=[{url if kind == PROXY else servers.math}]")
-    return [*SMALL, *attached, f"steps={STEPS}", *more]
+    if fault.server != OWN_MATH:
+        attached.append(f"teachers.math.server.urls=[{url if fault.server == PROXY else servers.math}]")
+    return [*SMALL, *attached, f"steps={STEPS}", *(setting.format(folder) for setting in fault.settings)]
 
 
 def try_one(name: str, servers: Servers, folder: Path) -> Seen:
     """Run the job with one fault. Raises AssertionError when it does not end complete."""
-    inject, kind, more = FAULTS[name]
-    with proxied(servers.math) as (proxy, url):
-        settings, output = settings_of(servers, kind, more, url), folder / "output.txt"
+    fault = FAULTS[name]
+    with ExitStack() as stack:
+        if fault.inject is fill_disk:
+            stack.enter_context(small_disk(folder / DISK, DISK_MB))
+        faulty, url = stack.enter_context(proxied(servers.math, servers.code))
+        settings, output = settings_of(servers, fault, url, folder), folder / "output.txt"
         argv = [str(COMMAND), "train", str(TOY), "name=run", f"output={folder}", *settings]
         with output.open("wb") as file:
             process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
         run = Run(process, folder / "run", output)
         try:
-            inject(run, proxy)
-            at = time.time()
+            at = fault.inject(run, faulty)
             assert finish(run, 900) == 0, run.text()
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait(60)
+    assert not faulty.plan and (faulty.times is None or faulty.spoilt == faulty.times), "not all replies were spoilt"
     lost, repeated = lost_and_repeated(run, STEPS, settings)
     ends = [event["time"] for event in run.events() if event["event"] == "step" and event["time"] > at]
     usual = median(row["time/step_s"] for row in run.metrics())
@@ -180,6 +237,8 @@ def told(run: Run) -> str:
     lines = []
     for event in run.events():
         match event["event"]:
+            case "server_hangs":
+                lines.append(f"{event['name']} hung for {event['seconds']:.0f} s")
             case "server_died":
                 lines.append(f"{event['name']} started again")
             case "engines_out":
@@ -190,6 +249,8 @@ def told(run: Run) -> str:
                 lines.append(f"went on after step {event['step']}")
             case "dropped":
                 lines += [f"dropped {reason.split(', such as')[0]}" for reason in event["reasons"]]
+    if "waiting for at most" in (run.folder / "logs" / "student.log").read_text(errors="replace"):
+        lines.append("the student waited for room")
     return "; ".join(dict.fromkeys(lines)) or "nothing dropped"
 
 

@@ -105,11 +105,32 @@ class Config(Section):
             )
         if self.rollout.max_staleness > 0 and self.refresh.pause == "none":
             yield "rollout.max_staleness refreshes weights amid responses: set refresh.pause to retract or in_place"
+        yield from self._colocation_misfits()
         if objective.placebo and self.calibration is None:
             yield "objective.placebo permutes the outcomes of calibration, which is null"
         if self.evaluation.every_steps > 0 and self.data.eval is None:
             yield "evaluation.every_steps evaluates on data.eval, which is null"
         yield from self._server_misfits()
+
+    def _colocation_misfits(self) -> Iterator[str]:
+        """Why engines cannot give their memory to the student."""
+        if not self.rollout.colocate:
+            return
+        if self.rollout.max_staleness > 0:
+            yield (
+                "rollout.colocate gives the engines' memory to the student while it trains, but rollout.max_staleness "
+                f"{self.rollout.max_staleness} samples meanwhile: set one of them to false or 0"
+            )
+        if self.rollout.server.urls:
+            yield (
+                "rollout.colocate is for engines that the run starts, which end with it: one of rollout.server.urls "
+                "could be left without its memory"
+            )
+        if self.refresh.mode == "broadcast":
+            yield (
+                "rollout.colocate cannot use refresh.mode broadcast, since a process group has each GPU only once: set "
+                "refresh.mode to tensor or disk"
+            )
 
     def _server_misfits(self) -> Iterator[str]:
         if self.rollout.server.engine != "sglang":

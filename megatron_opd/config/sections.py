@@ -106,6 +106,8 @@ class RolloutConfig(Section):
     """Sampling temperature of training; only 1 is taken, at which sampled and recomputed log-probs are the same."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Steps by which the weights that drew a token may be older than those it trains; 0 is strictly on-policy."""
+    colocate: bool = False
+    """Whether the engines are on the student's GPUs and give it their memory while it trains; needs max_staleness 0."""
     server: ServerConfig = ServerConfig()
     """The engines that sample."""
 

@@ -52,6 +52,8 @@ class EngineConfig(Section):
     """Most requests under way at one server."""
     restarts: Annotated[int, Field(ge=0)] = 3
     """How often each server that this run started is started again when it dies; then the run stops."""
+    hang_s: PositiveFloat = 120.0
+    """Seconds without any answer after which a server that this run started is killed, and started again."""
     deterministic: bool = False
     """Seed each response and make it independent of its batch: a run repeats to the bit. Slower; SGLang only."""
     routing: RoutingConfig = RoutingConfig()

@@ -10,7 +10,7 @@ from megatron_opd.errors import CheckpointError, OpdError
 from megatron_opd.observe.recorder import read_events
 from megatron_opd.runtime.conversion import ConversionJob
 from megatron_opd.runtime.env import child_environment
-from megatron_opd.runtime.process import Child, adopt_orphans, start, stop_all
+from megatron_opd.runtime.process import Child, adopt_orphans, start, stop
 from megatron_opd.runtime.supervision import POLL_S, death, ignore_signals
 from megatron_opd.train.roles import ranks_argv
 
@@ -48,14 +48,14 @@ def run_ranks(job: ConversionJob, log: Path) -> Converted:
     began, threads = time.monotonic(), str(job.student.threads_per_rank)
     job.events.touch()
     adopt_orphans()
+    argv = ranks_argv("convert", job.student.ranks, job.model_dump_json())
+    child = start("the conversion", argv, child_environment(OMP_NUM_THREADS=threads, **ENVIRONMENT), log)
     try:
-        argv = ranks_argv("convert", job.student.ranks, job.model_dump_json())
-        child = start("the conversion", argv, child_environment(OMP_NUM_THREADS=threads, **ENVIRONMENT), log)
         while child.returncode is None:
             time.sleep(POLL_S)
     finally:
         ignore_signals()  # the clean-up is not interrupted
-        stop_all()
+        stop(child)
     events = read_events(job.events)
     if child.returncode != 0:
         raise _failure(child, events)

@@ -96,7 +96,8 @@ def _map_finding(config: Config, gpus: list[Gpu]) -> Finding:
     if lacking:
         fix = "lower parallel sizes, set gpus of the servers, or attach to servers elsewhere by urls"
         return failed("GPU map", f"no GPU for a part of {', '.join(lacking)}", f"have {','.join(visible)}", fix)
-    if any(len(names) > 1 for names in roles.values()):
+    lent = {"student", "rollout"} if config.rollout.colocate else set()
+    if any(len(names) > 1 and set(names) != lent for names in roles.values()):
         fix = "set gpus of each server, or lower engine.memory_fraction so that they fit beside each other"
         return warning("GPU map", f"shared: {told}", "a GPU for each role", fix)
     return ok("GPU map", told)

@@ -38,11 +38,19 @@ def check_engine_python(engine: EngineConfig) -> None:
 
 
 def server_argv(
-    engine: EngineConfig, server: ServerConfig, model: Path, url: str, seed: int, *, frozen: bool = False
+    engine: EngineConfig,
+    server: ServerConfig,
+    model: Path,
+    url: str,
+    seed: int,
+    *,
+    frozen: bool = False,
+    colocated: bool = False,
 ) -> list[str]:
     """Command line of a server of ``model`` at ``url``. Token ids only: the server needs no tokenizer.
 
     ``frozen``: its weights are never refreshed, so their version is the model's name, which every answer then bears.
+    ``colocated``: it can give its memory back while it has nothing to do; on a CPU that frees nothing.
     """
     address = urlsplit(url)
     argv = [
@@ -76,6 +84,7 @@ def server_argv(
     else:
         argv += ["--mem-fraction-static", str(engine.memory_fraction)]
         argv += ["--max-total-tokens", str(engine.max_total_tokens)] if engine.max_total_tokens else []
+        argv += ["--enable-memory-saver"] if colocated else []
     return argv
 
 

@@ -139,6 +139,12 @@ class WeightClient(SGLangClient):
         """End all requests: their callers get an abort as the finish reason."""
         await fetch(self._session, "POST", self.url + "/abort_request", json={"abort_all": True})
 
+    async def drain(self, limit_s: float) -> None:
+        """End all requests and wait until none is left, which also empties the cache. Raises EngineError."""
+        await self.abort_all()
+        url = f"{self.url}/flush_cache?timeout={limit_s:g}"
+        await fetch(self._session, "POST", url, timeout_s=limit_s + self._timeout_s)
+
     # ---------------------------------------------------------------- memory
 
     async def release_memory(self, tags: list[str]) -> None:

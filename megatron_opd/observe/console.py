@@ -180,6 +180,9 @@ class RunConsole(ProgressConsole):
                     self._say(_checkpoint_line(event))
                 case "checkpoint_failed":
                     self._warn(event["error"])
+                case "server_hangs":
+                    name, seconds = event["name"], event["seconds"]
+                    self._warn(f"{name} has answered nothing for {seconds:.0f} s ({event['url']}): it is killed")
                 case "server_died":
                     count = f"{event['restart']} of {event['of']}"
                     self._warn(f"{event['reason']}\nstarting {event['name']} again in {event['pause_s']:g} s, {count}")

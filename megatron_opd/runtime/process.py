@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import psutil
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ENDED_S = 10.0  # longest wait for a killed process to be gone
+MARK = "OPD_STARTED_AS"  # environment variable that all have which one ``start`` has started, in whatever session
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
@@ -35,6 +38,7 @@ class Child:
     name: str
     process: subprocess.Popen
     log: Path
+    mark: str = ""
 
     @property
     def returncode(self) -> int | None:
@@ -49,11 +53,17 @@ class Child:
 
 def start(name: str, argv: list[str], environment: dict[str, str], log: Path) -> Child:
     """Start ``argv`` in a session of its own, output to ``log``; a terminal's Ctrl-C reaches only the supervisor."""
+    mark = uuid.uuid4().hex
     with log.open("ab") as output:
         process = subprocess.Popen(
-            argv, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            argv,
+            env=environment | {MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
-    return Child(name, process, log)
+    return Child(name, process, log, mark)
 
 
 def end_session(child: Child) -> None:
@@ -78,15 +88,31 @@ def stop_all(grace_s: float = 5.0) -> None:
 
     Loops until no descendant exists, because a dying process may still start another.
     """
+    _stop(_descendants, grace_s)
+
+
+def stop(child: Child, grace_s: float = 5.0) -> None:
+    """The same for one child and all that came of it, also in sessions of their own (``adopt_orphans`` before)."""
+    _stop(lambda: [process for process in _descendants() if _mark(process) == child.mark], grace_s)
+
+
+def _stop(find: Callable[[], list[psutil.Process]], grace_s: float) -> None:
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
-    while living := _descendants():
+    while living := find():
         late = time.monotonic() > deadline
         for process in living:
             if late or process.pid not in asked:
                 asked.add(process.pid)
                 _send(process, signal.SIGKILL if late else signal.SIGTERM)
         psutil.wait_procs(living, timeout=0.2)
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except (psutil.NoSuchProcess, OSError):  # it has just ended: there is nothing left to read
+        return None
 
 
 def _descendants() -> list[psutil.Process]:

@@ -14,6 +14,7 @@ from megatron_opd.errors import ProcessError
 from megatron_opd.runtime.process import Child
 
 POLL_S = 0.25
+ANSWER_S = 2.0  # longest wait for an answer about readiness
 STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -103,13 +104,22 @@ def signals_cancel() -> Iterator[None]:
 
 def answers(url: str) -> bool:
     """Whether a GET of ``url`` gives 200 right now."""
+    return _status(url) == 200
+
+
+def responds(url: str, timeout_s: float) -> bool:
+    """Whether a GET of ``url`` gives anything: a server that refuses, such as one that is paused, does not hang."""
+    return _status(url, timeout_s) is not None
+
+
+def _status(url: str, timeout_s: float = ANSWER_S) -> int | None:
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=2)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=timeout_s)
     try:
         connection.request("GET", address.path)
-        return connection.getresponse().status == 200
+        return connection.getresponse().status
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
 

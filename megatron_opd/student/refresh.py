@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import RefreshConfig
+from megatron_opd.engines.memory import LENT, MemoryOccupation
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import OpdError, RefreshError
 from megatron_opd.runtime.http import TransientError
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 3  # for an engine that says itself that it failed, or that was in a group with one that did
 PAUSE_S = 1.0  # between two looks at engines of which none answers
+DRAIN_S = 60.0  # longest wait until requests that were aborted are gone
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,26 @@ class Refreshed:
 
 
 class WeightRefresh:
-    """The way from one student to its rollout engines. Made by ``connect``; every rank calls ``push``."""
+    """The way from one student to its rollout engines. Made by ``connect``; every rank calls ``push``.
+
+    Where the engines are on the student's GPUs (``colocated``), every rank also calls ``borrow_memory`` before a step.
+    """
 
     def __init__(
-        self, config: RefreshConfig, probe: Probe, engines: Sequence[WeightClient], transport: Transport | None
+        self,
+        config: RefreshConfig,
+        probe: Probe,
+        engines: Sequence[WeightClient],
+        transport: Transport | None,
+        *,
+        colocated: bool = False,
     ) -> None:
         self._config, self._engines = config, tuple(engines)
         self._transport = transport  # None on other ranks than the first
         self._probe = probe
         self._versions: dict[WeightClient, str] = {}  # of engines that were found live
+        self._colocated = colocated
+        self._memory = {engine: MemoryOccupation(engine) for engine in engines}
 
     @classmethod
     def connect(
@@ -76,16 +89,36 @@ class WeightRefresh:
         place: Place,
         vocab_size: int,
         images: ImageReader | None = None,
+        *,
+        colocated: bool = False,
     ) -> WeightRefresh:
         """engines: all there are, on the first rank; none on the others. images: of a student that reads any."""
         keep = images.folder if images is not None and engines else None
         probe = text_probe(vocab_size) if images is None else image_probe(vocab_size, images.vision, keep)
-        return cls(config, probe, engines, TRANSPORTS[config.mode](config, place) if engines else None)
+        transport = TRANSPORTS[config.mode](config, place) if engines else None
+        return cls(config, probe, engines, transport, colocated=colocated)
 
     async def close(self) -> None:
         """Let the engines forget what they know of the trainer: one that the run was attached to goes on."""
         if self._transport is not None:
             await self._transport.close()
+
+    async def borrow_memory(self, student: Student) -> None:
+        """Have colocated engines give their memory back, until the next ``push``. Every rank calls it, before a step.
+
+        Nobody may ask the engines for responses meanwhile. One that fails has died, or is out from the next push on.
+        """
+        if not self._colocated:
+            return
+        for engine, error in (await each(list(self._versions), self._release)).items():
+            logger.warning("the engine %s has not given its memory back: %s", engine.url, error)
+        _share(student)  # no rank may begin before
+
+    async def _release(self, engine: WeightClient) -> None:
+        """Not of an engine that was started again meanwhile: what tells it from another start are its weights."""
+        if await soon(engine, engine.weight_version()) == self._versions[engine]:
+            await engine.drain(DRAIN_S)  # nobody waits for what is left
+            await self._memory[engine].release(LENT)
 
     async def push(self, student: Student, version: int) -> Refreshed:
         """Send all weights as ``version`` and compare the probe. Every rank calls it.
@@ -93,6 +126,8 @@ class WeightRefresh:
         Returns when at least one engine is live. Raises RefreshError when every engine that can be reached has other
         weights than the trainer afterwards, or when none could be reached for ``recovery_s``.
         """
+        if self._colocated:
+            _free_unused_memory(student)
         if self._transport is None:
             return self._take_part(student)
         began = time.monotonic()
@@ -166,10 +201,15 @@ class WeightRefresh:
             await asyncio.sleep(PAUSE_S)
 
     async def _check_known(self, engine: WeightClient) -> None:
-        """Raise when an engine does not answer. One that has been restarted knows nothing of what was agreed upon."""
+        """Raise when an engine does not answer, or cannot take its memory again.
+
+        One that has been restarted knows nothing of what was agreed upon.
+        """
         version = await soon(engine, engine.weight_version())
         if version != self._versions.get(engine):
             self._transport.forget(engine)
+        if self._colocated:
+            await self._memory[engine].resume(LENT)
 
     async def _deliver(
         self, engines: Sequence[WeightClient], weights: Iterator[tuple[str, torch.Tensor]], version: int
@@ -284,6 +324,13 @@ async def _abort(engines: Iterable[WeightClient]) -> None:
     """End the requests of engines whose weights are no version's: not one token of theirs may be trained on."""
     for engine, error in (await each(engines, lambda engine: soon(engine, engine.abort_all()))).items():
         logger.info("the requests of %s could not be aborted: %s", engine.url, error)
+
+
+def _free_unused_memory(student: Student) -> None:
+    """Give back what torch keeps of the step's memory, on all ranks, before an engine takes it."""
+    if student.device.type == "cuda":
+        torch.cuda.empty_cache()
+    dist.barrier()
 
 
 def _share(student: Student, value: bool = False) -> bool:

@@ -73,6 +73,7 @@ async def train(run: RunDirectory) -> None:
             if batch is None:
                 break
             saver.poll()  # what was written while the rollouts were sampled
+            await refresh.borrow_memory(student)
             training = time.monotonic()
             metrics = train_step(student, batch, config.loss)
             trained = time.monotonic()
@@ -103,7 +104,8 @@ async def _connect(
     shared = config.refresh.folder
     folder = shared / run.identity() if shared else run.weights
     place = Place(endpoints.weights_host, endpoints.weights_port, folder)
-    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size, student.images)
+    vocab_size, colocated = student.bridge.vocab_size, config.rollout.colocate
+    return WeightRefresh.connect(config.refresh, engines, place, vocab_size, student.images, colocated=colocated)
 
 
 def named_metrics(metrics: StepMetrics) -> dict[str, float]:

@@ -115,6 +115,13 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
                 got=server.gpus,
                 fix="leave it out, or set cluster.launcher=local on one machine",
             )
+    if config.rollout.colocate:
+        yield ConfigError(
+            "Rollout engines get GPUs of their own in a SLURM job",
+            where="rollout.colocate",
+            got="true",
+            fix="leave it out, or set cluster.launcher=local on one machine",
+        )
     images = config.cluster.trainer_image or config.cluster.engine_image
     if bool(images) != (config.cluster.container_tool is not None):
         yield ConfigError(

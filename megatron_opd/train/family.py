@@ -1,5 +1,7 @@
 """The processes of a run. A server that dies after it has worked is started again, at the same address.
 
+One that hangs, which keeps its port and answers nothing, is killed, and then it is one that died.
+
 Rollout engines come back with the weights of the model's folder: the coordinator leaves them out until they have others
 (``coordinator/engines.py``). Teachers prove themselves once more before they are asked (``teachers/handshake.py``).
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +18,12 @@ from megatron_opd.config import EngineConfig
 from megatron_opd.observe.console import RunConsole
 from megatron_opd.observe.recorder import Recorder
 from megatron_opd.runtime.process import Child, end_session, start
+from megatron_opd.runtime.pulse import ASK_EVERY_S, Pulse
 from megatron_opd.runtime.supervision import answers, death, late
 from megatron_opd.train.roles import JOBS, Role
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a dead server is started again; doubled each time
+ASKING_THREADS = 16  # a question to a server that hangs keeps one of them for seconds
 
 
 @dataclass
@@ -32,6 +37,7 @@ class _Member:
     proven: bool = False  # was ready once: what started once can start again
     restarts: int = 0
     due: float | None = None  # when it is to be started again
+    pulse: Pulse | None = None  # of a server that is ready
 
     @property
     def ended(self) -> bool:
@@ -46,6 +52,7 @@ class Family:
     ) -> None:
         self._config, self._logs, self._recorder, self._console = config, logs, recorder, console
         self._began = time.monotonic()
+        self._threads = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="pulse")
         self._members = [_Member(role, self._start(role), self._began, ready=role.ready_url is None) for role in roles]
 
     def look(self) -> list[Child]:
@@ -54,6 +61,7 @@ class Family:
         Raises ProcessError when a server is not ready in time.
         """
         for member in self._members:
+            self._end_if_it_hangs(member)
             if member.ended and self._may_return(member):
                 self._plan(member)
             elif member.due is not None and time.monotonic() >= member.due:
@@ -69,6 +77,17 @@ class Family:
     def _start(self, role: Role) -> Child:
         return start(role.name, role.argv, role.environment, self._logs / f"{role.name}.log")
 
+    def _end_if_it_hangs(self, member: _Member) -> None:
+        """kill -9 for a server that has answered no question for ``hang_s``, and for all that it started."""
+        if member.pulse is None or member.ended:
+            return
+        silence = member.pulse.silence_s(time.monotonic())
+        if silence >= self._config.hang_s:
+            self._recorder.event(
+                "server_hangs", name=member.role.name, url=member.role.ready_url, seconds=round(silence, 1)
+            )
+            end_session(member.child)
+
     def _may_return(self, member: _Member) -> bool:
         return member.role.name not in JOBS and member.proven and member.restarts < self._config.restarts
 
@@ -78,7 +97,7 @@ class Family:
         end_session(member.child)
         pause = min(FIRST_PAUSE_S * 2**member.restarts, LONGEST_PAUSE_S)
         member.restarts += 1
-        member.ready, member.due = False, time.monotonic() + pause
+        member.ready, member.pulse, member.due = False, None, time.monotonic() + pause
         self._recorder.event(
             "server_died",
             name=member.role.name,
@@ -95,6 +114,9 @@ class Family:
             if not answers(member.role.ready_url):
                 continue
             member.ready = True
+            if member.role.name not in JOBS:
+                every_s = min(ASK_EVERY_S, self._config.hang_s / 4)
+                member.pulse = Pulse(member.role.ready_url, self._threads, every_s)
             if member.proven:
                 seconds = round(now - member.began, 1)
                 self._recorder.event("server_returned", name=member.role.name, seconds=seconds)

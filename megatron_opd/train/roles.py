@@ -76,36 +76,43 @@ def server_roles(config: Config, endpoints: Endpoints) -> list[Role]:
     return [
         role
         for name, server, model, urls in wanted
-        for role in replica_roles(engine, seed, top_k, name, server, model, urls)
+        for role in replica_roles(
+            engine, seed, top_k, name, server, model, urls, colocated=name == "rollout" and config.rollout.colocate
+        )
     ]
 
 
 def replica_roles(
-    engine: EngineConfig, seed: int, top_k: int, name: str, server: ServerConfig, model: Path, urls: Sequence[str]
+    engine: EngineConfig,
+    seed: int,
+    top_k: int,
+    name: str,
+    server: ServerConfig,
+    model: Path,
+    urls: Sequence[str],
+    *,
+    colocated: bool = False,
 ) -> list[Role]:
     """The servers of one model that are to be started: ``name``, or ``name-0``, ``name-1``, ... of several.
 
-    seed: of a server's own draws; top_k: most likely tokens that it may be asked for at each position.
+    seed: of a server's own draws; top_k: most likely tokens that it may be asked for at each position; colocated: it
+    gives its memory to a trainer on the same GPUs.
     """
     if server.urls:
         return []
     return [
         Role(
             replica,
-            _argv(engine, seed, top_k, server, model, url, frozen=name != "rollout"),  # whose weights change
+            vllm_argv(engine, server, model, url, seed, top_k)
+            if server.engine == "vllm"
+            else server_argv(  # only the rollout's weights change
+                engine, server, model, url, seed, frozen=name != "rollout", colocated=colocated
+            ),
             _environment(engine, server, number, frozen=name != "rollout"),
             f"{url}{CLIENTS[server.engine].ready_path}",
         )
         for number, (replica, url) in enumerate(zip(replica_names(name, server), urls, strict=True))
     ]
-
-
-def _argv(
-    engine: EngineConfig, seed: int, top_k: int, server: ServerConfig, model: Path, url: str, *, frozen: bool
-) -> list[str]:
-    if server.engine == "vllm":
-        return vllm_argv(engine, server, model, url, seed, top_k)
-    return server_argv(engine, server, model, url, seed, frozen=frozen)
 
 
 def _environment(engine: EngineConfig, server: ServerConfig, replica: int, *, frozen: bool) -> dict[str, str]:

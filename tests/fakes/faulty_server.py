@@ -68,6 +68,10 @@ def _other_weights(reply: dict) -> None:
     reply["meta_info"]["weight_version"] = "another"
 
 
+def _fewer_fields(reply: dict) -> None:
+    del reply["meta_info"]["prompt_tokens"]
+
+
 def _huge(reply: dict) -> None:
     reply["text"] = "x" * (4 << 20)
 
@@ -92,6 +96,7 @@ FAULTS = {
     "other_model": Fault("another model's server answers", "weights"),
     "swapped": Fault("two requests get each other's reply", "other_request"),
     "oversized": Fault("4 MiB more than an honest reply", "too_large", _huge),
+    "field_missing": Fault("a field is missing", "malformed", _fewer_fields),
     "truncated_json": Fault("half of the JSON", "malformed", transient=True),
     "cut": Fault("the connection closes in the middle of the body", "no_answer", transient=True),
     "reset": Fault("the connection is reset before an answer", "no_answer", transient=True),
@@ -102,21 +107,35 @@ FAULTS = {
 
 
 class FaultyServer:
-    """``kind``: a key of FAULTS. ``after``: replies that pass first; ``times``: replies that are spoilt, None: all.
+    """``kind``: a key of FAULTS, None: only ``plan``. ``after``: replies that pass first; ``times``: replies that are
+    spoilt, None: all.
 
-    ``other_url``: of ``other_model``, the server that answers. ``active`` may be switched while it runs.
+    ``other_url``: of ``other_model``, the server that answers. ``active`` may be switched while it runs, and ``plan``
+    filled: kinds that spoil every second reply, one each, and ``kind`` none meanwhile.
     """
 
     def __init__(
-        self, upstream_url: str, kind: str, *, times: int | None = None, after: int = 0, other_url: str | None = None
+        self,
+        upstream_url: str,
+        kind: str | None = None,
+        *,
+        times: int | None = None,
+        after: int = 0,
+        other_url: str | None = None,
     ) -> None:
-        self.upstream_url, self.kind, self.fault = upstream_url.rstrip("/"), kind, FAULTS[kind]
+        self.upstream_url, self.kind = upstream_url.rstrip("/"), kind
         self.times, self.after, self.other_url = times, after, other_url
         self.active = True
+        self.plan: list[str] = []
         self.spoilt = 0  # replies so far
+        self._passed = False  # whether the last reply under ``plan`` was not spoilt
         self._waiting: asyncio.Future | None = None  # ``swapped``: gets the second reply of a pair
         self._first: tuple[int, bytes] | None = None  # ``swapped``: the first one
         self._closing = asyncio.Event()
+
+    def spoil_next(self, kind: str, times: int) -> None:
+        """Spoil so many of the next replies, and none after them."""
+        self.kind, self.times = kind, self.spoilt + times
 
     @asynccontextmanager
     async def running(self, port: int = 0) -> AsyncIterator[str]:
@@ -134,24 +153,30 @@ class FaultyServer:
                 await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        if request.path != "/generate" or not self._is_due():
+        kind = self._due() if request.path == "/generate" else None
+        if kind is None:
             return self._response(*await self._forward(request, self.upstream_url))
         self.spoilt += 1
-        if self.fault.spoil is None:
-            return await getattr(self, f"_{self.kind}")(request)
+        spoil = FAULTS[kind].spoil
+        if spoil is None:
+            return await getattr(self, f"_{kind}")(request)
         status, body = await self._forward(request, self.upstream_url)
         reply = json.loads(body)
-        self.fault.spoil(reply)
+        spoil(reply)
         compact = json.dumps(reply, separators=(",", ":"))  # as SGLang writes it
         return self._response(status, compact.encode())
 
-    def _is_due(self) -> bool:
+    def _due(self) -> str | None:
+        """What spoils the next reply."""
         if not self.active:
-            return False
+            return None
+        if self.plan:
+            self._passed = not self._passed
+            return None if self._passed else self.plan.pop(0)
         if self.after > 0:
             self.after -= 1
-            return False
-        return self.times is None or self.spoilt < self.times
+            return None
+        return self.kind if self.times is None or self.spoilt < self.times else None
 
     async def _forward(self, request: web.Request, url: str) -> tuple[int, bytes]:
         body, headers = await request.read(), {"Content-Type": "application/json"}

@@ -29,7 +29,7 @@ class FakeEngine:
 
     refuse: answer that it failed, without receiving; die: kill itself; hang: stop itself; flush: take the weights, but
     say that the flush was refused; version: keep the old version's name; logprobs: answer the probe with others; join:
-    die instead of joining a group.
+    die instead of joining a group; memory: refuse to release it, though nobody knows whether it has.
     """
 
     folder: Path  # where it saves what it holds, when asked to
@@ -39,7 +39,9 @@ class FakeEngine:
     checksum: str | None = None
     version: str = "default"
     paused: bool = False
+    died: bool = False  # of a second resume
     is_open: bool = False  # between begin and end
+    released: set[str] = field(default_factory=set)  # parts of its memory
     buckets: int = 0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
@@ -57,8 +59,12 @@ class FakeEngine:
 
     async def post(self, request: web.Request) -> web.Response:
         self.calls.append(request.path)
-        body = await request.json()
+        body = await request.json() if request.can_read_body else {}
         action = getattr(self, request.path.strip("/"), None)
+        if self.died:
+            return web.json_response(None, status=500)
+        if self.released and request.path.startswith(("/generate", "/update_weights", "/begin")):
+            return failed("the memory is not there")
         if action is None:
             return web.json_response({"detail": "Not Found"}, status=404)
         return await action(body)
@@ -144,6 +150,23 @@ class FakeEngine:
 
     async def abort_request(self, _: dict) -> web.Response:
         return web.Response()
+
+    async def flush_cache(self, _: dict) -> web.Response:
+        return web.Response(text="Cache flushed.")
+
+    async def release_memory_occupation(self, body: dict) -> web.Response:
+        if self._has("memory", at_any=True):
+            return web.json_response(None, status=500)
+        self.released |= set(body["tags"])
+        return web.json_response(None)
+
+    async def resume_memory_occupation(self, body: dict) -> web.Response:
+        """Like SGLang it does not live on when it is told to resume what it holds."""
+        if not set(body["tags"]) <= self.released:
+            self.died = True
+            return web.json_response(None, status=500)
+        self.released -= set(body["tags"])
+        return web.json_response(None)
 
     async def weights_checker(self, _: dict) -> web.Response:
         if self.checksum is None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
-from aiohttp import web
-from faulty_proxy import FaultyProxy
+from faulty_server import FaultyServer
 
 from megatron_opd.config import load_config
 from megatron_opd.data.inputs import read_inputs
@@ -33,11 +35,14 @@ ROLLOUT, MATH = "models/student", "models/math"  # what tells a server's command
 COORDINATOR, STUDENT = "megatron_opd.coordinator", "megatron_opd.student.worker"
 
 
-def kill(run: Run, part: str) -> None:
-    """kill -9 for the process of the run whose command line has ``part``; of a server the one that started the rest."""
+def kill(run: Run, part: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """kill -9 for the process of the run whose command line has ``part``; of a server the one that started the rest.
+
+    With SIGSTOP as ``number`` it hangs instead: it keeps its port and its connections, and answers nothing.
+    """
     found = [process for name, process in run.family().items() if part in name and "srun" not in name]
     assert found, (part, list(run.family()))
-    min(found, key=lambda process: process.create_time()).kill()
+    min(found, key=lambda process: process.create_time()).send_signal(number)
 
 
 def until(run: Run, seen: Callable[[], bool], limit_s: float = START_LIMIT_S) -> None:
@@ -82,27 +87,39 @@ def lost_and_repeated(run: Run, steps: int, overrides: Sequence[str]) -> tuple[i
 
 
 @contextmanager
-def proxied(upstream: str) -> Iterator[tuple[FaultyProxy, str]]:
-    """A proxy before ``upstream``, in a thread, and its URL."""
-    proxy, started = FaultyProxy(upstream), threading.Event()
+def proxied(upstream: str, other: str) -> Iterator[tuple[FaultyServer, str]]:
+    """A server before ``upstream`` that can spoil its replies, in a thread, and its URL.
+
+    ``other``: server of another model.
+    """
+    faulty, started = FaultyServer(upstream, other_url=other), threading.Event()
     found: dict[str, object] = {}
 
     async def serve() -> None:
-        runner = web.AppRunner(proxy.app(), access_log=None)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        found["url"] = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
-        found["loop"], found["end"] = asyncio.get_running_loop(), asyncio.Event()
-        started.set()
-        await found["end"].wait()
+        async with faulty.running() as found["url"]:
+            found["loop"], found["end"] = asyncio.get_running_loop(), asyncio.Event()
+            started.set()
+            await found["end"].wait()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     assert started.wait(20)
-    yield proxy, found["url"]
-    found["loop"].call_soon_threadsafe(found["end"].set)
-    thread.join(20)
+    try:
+        yield faulty, found["url"]
+    finally:
+        found["loop"].call_soon_threadsafe(found["end"].set)
+        thread.join(20)
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of that size at ``folder``. Only root can mount one."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def wrong_numbers(run: Run, teacher: str, url: str, overrides: Sequence[str], tolerance: float = 1e-3) -> int:

@@ -112,6 +112,15 @@ def test_null_switches_a_part_off_and_a_value_switches_it_on() -> None:
         (["objective.forward_kl=1"], "set scoring.top_k"),
         (["objective.forward_kl=1", "scoring.top_k=4", "objective.forward_kl_entropy=2"], "at most 1.609"),
         (["rollout.max_staleness=1"], "set refresh.pause to retract or in_place"),
+        (
+            ["rollout.colocate=true", "refresh.mode=disk", "rollout.max_staleness=2", "refresh.pause=retract"],
+            "rollout.max_staleness 2 samples meanwhile",
+        ),
+        (["rollout.colocate=true"], "cannot use refresh.mode broadcast"),
+        (
+            ["rollout.colocate=true", "refresh.mode=tensor", "rollout.server.urls=[http://127.0.0.1:9]"],
+            "is for engines that the run starts",
+        ),
         (["objective.domain_weights.law=1"], "domain_weights.law names no teacher"),
         (["calibration=null", "objective.placebo=true"], "calibration, which is null"),
         (["objective.gap_floor=1", "objective.gap_ceiling=0"], "is not below"),

@@ -42,6 +42,19 @@ def test_each_role_on_gpus_of_its_own(settings, smi) -> None:
     assert where.state == "ok" and where.found == "0: student; 1: student; 2: rollout; 3: teacher-math"
 
 
+def test_a_gpu_that_engines_lend_to_the_student_is_no_fault(settings, smi) -> None:
+    smi(ROWS)
+    lending = [
+        "rollout.colocate=true",
+        "refresh.mode=tensor",
+        "rollout.server.gpus='0'",
+        "teachers.math.server.gpus='3'",
+    ]
+    elsewhere, beside = "teachers.code.server.gpus='2'", "teachers.code.server.gpus='0'"
+    assert list(gpus.check_gpus(settings(*lending, elsewhere)))[-1].state == "ok"
+    assert list(gpus.check_gpus(settings(*lending, beside)))[-1].state == "warning"
+
+
 def test_shared_missing_and_busy_gpus(settings, smi) -> None:
     smi(ROWS)
     shared = list(gpus.check_gpus(settings()))[-1]

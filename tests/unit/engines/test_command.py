@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import EngineConfig, ServerConfig
+from megatron_opd.config import EngineConfig, ServerConfig, load_config
 from megatron_opd.engines import command
 from megatron_opd.engines.command import LAUNCHER, server_argv, server_environment
 from megatron_opd.runtime.env import TOKEN
+from megatron_opd.train.roles import assign_endpoints, server_roles
 
 URL = "http://127.0.0.1:3111"
 
@@ -50,6 +51,17 @@ def test_an_engine_whose_weights_change_keeps_nothing_that_the_vision_tower_made
             server_environment(EngineConfig(device=device), ServerConfig(), frozen=frozen) for frozen in (False, True)
         )
         assert fresh["SGLANG_VLM_CACHE_SIZE_MB"] == "0" and "SGLANG_VLM_CACHE_SIZE_MB" not in frozen
+
+
+@pytest.mark.parametrize(("device", "flags"), [("cpu", 0), ("cuda", 1)])
+def test_only_the_engines_on_the_student_s_gpus_can_give_memory_back(device: str, flags: int) -> None:
+    toy = Path(__file__).resolve().parents[3] / "conf" / "toy.yaml"
+    for colocate in (True, False):
+        changes = [f"engine.device={device}", f"rollout.colocate={str(colocate).lower()}", "refresh.mode=tensor"]
+        config = load_config(toy, changes)
+        argvs = {role.name: role.argv for role in server_roles(config, assign_endpoints(config))}
+        found = {name: argv.count("--enable-memory-saver") for name, argv in argvs.items()}
+        assert found == {"rollout": flags * colocate, "teacher-math": 0, "teacher-code": 0}
 
 
 def test_answers_of_a_frozen_model_bear_its_name() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -97,30 +97,47 @@ async def test_a_checksum_is_taken_where_there_is_one(serve) -> None:
     assert await client.weights_checksum() == "abc"
 
 
-async def test_memory_is_never_taken_twice(engine) -> None:
+def asked_of_memory(fake: FakeEngine) -> list[str]:
+    return [path.split("_")[0] for path in fake.calls if "memory" in path]
+
+
+async def test_memory_is_never_taken_twice(serve) -> None:
     """A second resume would end the server."""
-    server, client = engine
+    fake, client = await serve(version="3")
     memory = MemoryOccupation(client)
     await memory.resume(["weights", "kv_cache"])
-    assert server.posts == []
+    assert asked_of_memory(fake) == []
     await memory.release(["weights", "kv_cache"])
     await memory.release(["kv_cache"])
-    assert memory.released == {"weights", "kv_cache"}
+    assert memory.released == fake.released == {"weights", "kv_cache"}
     await memory.resume(["weights"])
+    assert fake.released == {"kv_cache"}
     await memory.resume(["weights", "kv_cache"])
-    assert memory.released == frozenset()
-    asked = [(path.split("_")[0], body["tags"]) for path, body in server.posts]
-    assert asked == [("/release", ["weights", "kv_cache"]), ("/resume", ["weights"]), ("/resume", ["kv_cache"])]
+    assert memory.released == fake.released == set() and not fake.died
+    assert asked_of_memory(fake) == ["/release", "/resume", "/resume"]
 
 
-async def test_memory_in_an_unknown_state_is_left_alone(engine) -> None:
-    server, client = engine
+async def test_memory_in_an_unknown_state_is_left_alone(serve) -> None:
+    fake, client = await serve(version="3", fault="memory")
     memory = MemoryOccupation(client)
-    server.status = 500
-    with pytest.raises(EngineError, match="refused"):
+    with pytest.raises(EngineError, match="500"):
         await memory.release(["weights"])
-    server.status = 200
     for call in (memory.release, memory.resume):
         with pytest.raises(EngineError, match="not known"):
             await call(["kv_cache"])
-    assert len(server.posts) == 1
+    assert asked_of_memory(fake) == ["/release"]
+
+
+@pytest.mark.parametrize("fault", ["", "memory"])
+async def test_an_engine_that_was_started_again_holds_its_memory(serve, fault: str) -> None:
+    fake, client = await serve(version="3", fault=fault)
+    memory = MemoryOccupation(client)
+    with pytest.raises(EngineError) if fault else nullcontext():
+        await memory.release(["weights"])
+    fake.released, fake.version = set(), "default"
+    await memory.resume(["weights"])
+    assert memory.released == set() and not fake.died and asked_of_memory(fake) == ["/release"]
+    fake.version = "4"
+    await memory.release(["weights"])
+    await memory.resume(["weights"])
+    assert asked_of_memory(fake) == ["/release", "/release", "/resume"] and fake.released == set()

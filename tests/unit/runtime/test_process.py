@@ -47,6 +47,40 @@ def test_stop_all_ends_children_grandchildren_and_orphans(tmp_path: Path, stubbo
     assert float(seconds) < 5
 
 
+ENDS_ONE = """
+    import os, sys, time
+    from pathlib import Path
+    from megatron_opd.runtime.process import adopt_orphans, start, stop
+    adopt_orphans()
+    leaf = "import subprocess, sys, time\\n"
+    leaf += "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\\n"
+    leaf += "print(p.pid, flush=True)\\n"
+    logs = [Path({folder!r}) / name for name in ("one", "other", "orphan")]
+    tails = ["time.sleep(600)", "time.sleep(600)", ""]
+    started = [start(log.name, [sys.executable, "-c", leaf + tail], dict(os.environ), log)
+               for log, tail in zip(logs, tails)]
+    while not all(log.read_text().endswith("\\n") for log in logs):
+        time.sleep(0.02)
+    started[2].process.wait()
+    stop(started[0], grace_s=0.5)
+    stop(started[2], grace_s=0.5)
+    print(*(child.process.pid for child in started), *(log.read_text().strip() for log in logs))
+"""
+
+
+def test_stop_ends_one_child_with_all_that_came_of_it_and_no_other(tmp_path: Path) -> None:
+    code = textwrap.dedent(ENDS_ONE).format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    one, other, _, of_one, of_other, of_orphan = map(int, done.stdout.split())
+    try:
+        assert not any(map(psutil.pid_exists, (one, of_one, of_orphan)))
+        assert all(map(psutil.pid_exists, (other, of_other)))
+    finally:
+        for pid in (other, of_other):
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     child = "from megatron_opd.runtime.process import die_with_parent\ndie_with_parent()\n"
     child += "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)"

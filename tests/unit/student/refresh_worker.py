@@ -78,8 +78,10 @@ async def send_twice(student: Student, folder: Path, forked: ForkedEngine | None
 
 
 def connect(engines: list[WeightClient], mode: str, folder: Path, **options: Any) -> WeightRefresh:
+    colocated = options.pop("colocated", False)
     config = RefreshConfig(mode=mode, probe_tolerance=TOLERANCE, **options)
-    return WeightRefresh.connect(config, engines, Place("127.0.0.1", free_port(), folder / "weights"), 515)
+    place = Place("127.0.0.1", free_port(), folder / "weights")
+    return WeightRefresh.connect(config, engines, place, 515, colocated=colocated)
 
 
 async def started(stack: AsyncExitStack, forked: ForkedEngine, port: int) -> WeightClient:
@@ -142,6 +144,7 @@ async def run_fault(
             for client in clients:
                 if client.url in result["first"].live:
                     await client._post("/save", {})
+            await refresh.borrow_memory(student)
             result["calls"] = [await calls_of(client) for client in clients]
             if back_after_s < 0:
                 await replace_first()
@@ -149,6 +152,7 @@ async def run_fault(
             else:
                 await replacing
             result["second"] = await refresh.push(student, 2)
+            result["later_calls"] = [await calls_of(client) for client in clients]
         except OpdError as error:
             result["error"] = f"{type(error).__name__}: {error}"
         return result

@@ -46,6 +46,7 @@ FAULTS = {
     "only_wrong": {"engines": [{"fault": "logprobs"}], **BROADCAST},
     "file_refused": {"engines": [{"fault": "refuse", "at": 1}, HEALTHY], "mode": "disk"},
     "memory_refused": {"engines": [{"fault": "refuse"}, HEALTHY], "mode": "tensor"},
+    "colocated": {"engines": [HEALTHY, HEALTHY, {"fault": "memory"}], "mode": "tensor", "colocated": True},
 }
 
 
@@ -162,3 +163,24 @@ def test_an_only_engine_that_stays_away_stops_the_run(faults: dict) -> None:
 
 def test_an_only_engine_with_other_log_probs_stops_the_run(faults: dict) -> None:
     assert "log-probs are not the trainer's" in faults["only_wrong"]["error"]
+
+
+def test_colocated_engines_give_their_memory_back_and_take_it_again_once(faults: dict) -> None:
+    """The first one is started again while its memory is lent: it holds all of it, and resuming that would end it."""
+    found = faults["colocated"]
+    first, steady, unknown = found["urls"]
+    lent, later = found["calls"], found["later_calls"]
+    assert found["first"].live == (first, steady, unknown)
+    for calls in lent:
+        asked = [path for path in calls if path not in ("/model_info", "/calls")]
+        assert asked[-3:] == ["/abort_request", "/flush_cache", "/release_memory_occupation"]
+    again = later[1][len(lent[1]) :]
+    assert again.count("/resume_memory_occupation") == 1 and "/release_memory_occupation" not in again
+    assert again.index("/resume_memory_occupation") < again.index("/update_weights_from_tensor")
+    assert "/resume_memory_occupation" not in later[0] + later[2]
+    assert found["second"].live == (first, steady)
+    assert "not known what memory" in found["second"].out[unknown]
+
+
+def test_engines_that_are_not_colocated_keep_their_memory(faults: dict) -> None:
+    assert not [path for calls in faults["well"]["later_calls"] for path in calls if "memory" in path]

@@ -102,7 +102,8 @@ def test_outside_a_job_slurm_cannot_be_asked_for() -> None:
 
 
 def test_gpus_and_half_given_containers_are_refused_in_a_job_all_at_once() -> None:
-    changes = ["rollout.server.gpus='0'", "cluster.trainer_image=x"]
+    changes = ["rollout.server.gpus='0'", "cluster.trainer_image=x", "rollout.colocate=true", "refresh.mode=disk"]
     with pytest.raises(ConfigError) as raised:
         find_cluster(settings("toy.yaml", *changes), {"SLURM_JOB_ID": "7"})
     assert "gpus of rollout" in str(raised.value) and "container_tool" in str(raised.value)
+    assert "GPUs of their own in a SLURM job" in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 import time
@@ -20,6 +21,8 @@ from megatron_opd.runtime.process import Child, adopt_orphans, end_session
 from megatron_opd.train import family as family_module
 from megatron_opd.train.family import Family
 from megatron_opd.train.roles import Role
+
+from runs import lives
 
 # Like an engine it has a child of its own, which holds on to the port when its parent is killed.
 SERVER = """
@@ -85,6 +88,24 @@ def test_a_server_that_was_ready_is_started_again_at_its_port_until_it_has_died_
     assert ended.name == "rollout" and events(tmp_path).count("server_died") == 2
     told = read_events(tmp_path / "events")[0]
     assert (told["name"], told["restart"], told["of"]) == ("rollout", 1, 2) and "SIGKILL" in told["reason"]
+
+
+def test_a_server_that_hangs_is_killed_with_its_children_and_started_again(family, tmp_path) -> None:
+    running = family(server(), hang_s=2, restarts=1)
+    assert not until(running, lambda: not running.waiting)
+    process = running._members[0].child.process
+    (child,) = psutil.Process(process.pid).children()
+    time.sleep(3)
+    assert running.look() == [] and events(tmp_path) == []  # longer than hang_s, but it answers
+    process.send_signal(signal.SIGSTOP)
+    assert not until(running, lambda: events(tmp_path).count("server_returned") == 1)
+    assert events(tmp_path) == ["server_hangs", "server_died", "server_returned"]
+    told = read_events(tmp_path / "events")[0]
+    assert told["name"] == "rollout" and 2 <= told["seconds"] < 12
+    assert process.returncode == -signal.SIGKILL and not lives(child)
+    running._members[0].child.process.send_signal(signal.SIGSTOP)
+    (ended,) = until(running, lambda: False)  # it has been started again as often as it may be
+    assert ended.name == "rollout" and ended.returncode == -signal.SIGKILL
 
 
 def test_one_that_never_worked_and_a_job_are_not_started_again(family, tmp_path) -> None:
