@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
-from slurm_cluster import SlurmCluster, install, missing, start_cluster
+from slurm_cluster import SlurmCluster, cluster_or_skip
 
-from runs import GONE_LIMIT_S, ROOT, Servers, assert_all_gone, command_of
-
-SCRIPT = ROOT / "launch" / "train_multi_teacher.sh"
-LIMIT_S = 400.0
+from runs import GONE_LIMIT_S, Servers, assert_all_gone
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    install()
-    if reason := missing():
-        pytest.skip(reason)
-    found = start_cluster(tmp_path_factory.mktemp("slurm") / "cluster", 4)
-    try:
+    with cluster_or_skip(tmp_path_factory.mktemp("slurm") / "cluster", 4) as found:
         yield found
-    finally:
-        found.stop()
-
-
-@dataclass(frozen=True)
-class Job:
-    """A submitted run."""
-
-    number: str
-    folder: Path
-    output: Path
-
-    def steps(self) -> list[int]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-    def wait_for_checkpoint(self, step: int) -> None:
-        tracker, deadline = (
-            self.folder / "checkpoints" / "latest_checkpointed_iteration.txt",
-            time.monotonic() + LIMIT_S,
-        )
-        while not tracker.exists() or int(tracker.read_text()) < step:
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.2)
-
-    def processes(self) -> list[psutil.Process]:
-        """All that have the run's folder in their command line."""
-        return [process for process in psutil.process_iter() if str(self.folder) in command_of(process)]
-
-
-def submit(cluster: SlurmCluster, folder: Path, name: str, *overrides: str) -> Job:
-    output = folder / f"{name}.out"
-    argv = ["sbatch", "--parsable", "--nodes=3", f"--output={output}", str(SCRIPT), "conf/toy.yaml"]
-    argv += [f"name={name}", f"output={folder}", "data.eval=null", "checkpoint.every_steps=1", *overrides]
-    done = subprocess.run(argv, cwd=ROOT, env=cluster.environment, check=True, capture_output=True, text=True)
-    return Job(done.stdout.strip(), folder / name, output)
 
 
 def test_a_run_over_three_nodes_ends_well_with_servers_that_ask_for_a_key(
