@@ -142,12 +142,12 @@ def head_workspace(shape: ModelShape, student: StudentConfig, row: MicroBatch, c
     """
     value, tokens = VALUE_BYTES[student.dtype], row.tokens / student.context_parallel
     columns = -(-shape.vocab // student.tensor_parallel)
+    height, width = CPU_BLOCK if backend_of(student) == "torch" else GPU_BLOCK
     in_place = student.dtype == "float32" and not student.sequence_parallel  # then it is what the loss keeps
     by_hidden = 0.0 if in_place else tokens * shape.hidden * FLOAT
     if student.dtype == "float32":
-        logits = min(PART, tokens) * columns * FLOAT
+        logits = min(PART, tokens) * (columns + min(height * width // PART, columns)) * FLOAT  # a block's exponentials
     else:
-        height, width = CPU_BLOCK if backend_of(student) == "torch" else GPU_BLOCK
         logits = min(height, tokens) * min(width, columns) * (2 * value + 2 * FLOAT)
         logits += FLOAT * min(width, columns) * shape.hidden
     gathered = value * tokens * shape.hidden if student.sequence_parallel else 0

@@ -55,7 +55,7 @@ def test_roles_get_gpus_nodes_and_containers(
     containers = ["container_tool=apptainer", "trainer_image=trainer.sif", "engine_image=engine.sif"]
     containers += [f"trainer_python={python}", "container_mounts=[/models:/models]"]
     settings = [*attached, *ON_CPU, *(f"cluster.{item}" for item in containers)]
-    sizes = ["steps=2", "rollout.prompts_per_step=8"]
+    sizes = ["steps=2", "rollout.prompts_per_step=8", "data.eval=null"]
     job = submit(cluster, tmp_path, "boxed", *settings, *sizes, ask=HETEROGENEOUS)
     ended = cluster.wait_for_state(job.number, "COMPLETED", "FAILED", limit_s=LIMIT_S)
     assert ended == "COMPLETED" and job.steps() == [1, 2], job.output.read_text()

@@ -49,6 +49,6 @@ def submit(
     """Start a run that has the job's nodes ``ask`` for."""
     output = folder / f"{name}.out"
     argv = ["sbatch", "--parsable", f"--output={output}", *ask, str(SCRIPT), "conf/toy.yaml"]
-    argv += [f"name={name}", f"output={folder}", "data.eval=null", "checkpoint.every_steps=1", *overrides]
+    argv += [f"name={name}", f"output={folder}", *overrides]
     done = subprocess.run(argv, cwd=ROOT, env=cluster.environment, check=True, capture_output=True, text=True)
     return Job(done.stdout.strip(), folder / name, output)
