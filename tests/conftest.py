@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_opd.config import load_config
 from megatron_opd.runtime.ports import free_port
 from megatron_opd.train.roles import assign_endpoints, replica_roles, server_roles
 
-from runs import COMMAND, ROOT, TOY, Run, Servers
+from runs import ROOT, TOY, Run, Servers, starting
 
 
 @pytest.fixture(scope="session")
@@ -61,17 +60,9 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def run_train(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start ``megatron-opd train conf/toy.yaml name=NAME OVERRIDES``; everything is killed after the test."""
-    runs: list[Run] = []
+    with starting(tmp_path) as begin:
 
-    def begin(name: str, *overrides: str) -> Run:
-        output = tmp_path / f"{name}.out"
-        argv = [str(COMMAND), "train", str(TOY), f"name={name}", f"output={tmp_path}", *overrides]
-        with output.open("wb") as file:
-            process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-        runs.append(Run(process, tmp_path / name, output))
-        return runs[-1]
+        def train(name: str, *overrides: str) -> Run:
+            return begin(tmp_path / name, "train", str(TOY), f"name={name}", f"output={tmp_path}", *overrides)
 
-    yield begin
-    for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
+        yield train

@@ -8,6 +8,7 @@ optimizer state are the bytes of the live tensors. Activations are the most byte
 backward pass, each storage counted once, weights not counted. Both passes is the most that torch allocates at once in
 another forward and backward pass: activations, and what the backward pass needs for a moment; copies that gloo makes
 of what it sends are left out, NCCL makes none. The fullest pipeline stage counts, in the measurement and in the plan.
+How unevenly a random router chooses experts is measured too, and is what the plan assumes as `expert_imbalance`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
@@ -36,7 +38,7 @@ from forked import run_layouts
 from student_case import make_config
 
 from megatron_opd.config import Config, LossConfig
-from megatron_opd.plan.activations import MicroBatch
+from megatron_opd.plan.activations import MicroBatch, expert_tokens
 from megatron_opd.plan.memory import stage_memory
 from megatron_opd.plan.shape import read_shape
 from megatron_opd.records import PackedBatch
@@ -131,22 +133,52 @@ def measure(result: Path, config: Config) -> None:
     """One rank: build, train a step, and let rank 0 write what each rank held."""
     init_distributed(config.student, seed=0)
     student = build_student(config)
+    arrivals = watch_experts(student)
     kept = Kept({weight.untyped_storage().data_ptr() for chunk in student.model for weight in chunk.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(kept.keep, Held.tensor_of):
         step.train_step(student, make_batch(), LossConfig())
-    mine = {**resident_bytes(student), "activations": kept.peak, "both passes": allocated_bytes(student)}
+    mine = {**resident_bytes(student), "activations": kept.peak, "imbalance": busiest(arrivals, config)}
+    mine["both passes"] = allocated_bytes(student)
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, mine)
     if dist.get_rank() == 0:
-        result.write_text(json.dumps({part: fullest_stage(held, config, part) for part in PARTS}))
+        result.write_text(json.dumps({part: fullest_stage(held, config, part) for part in (*PARTS, "imbalance")}))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def fullest_stage(held: list[dict[str, int]], config: Config, part: str) -> float:
-    """Mean of a stage's ranks: the plan of this check lets all experts be chosen equally often, random ones are not."""
+    """Mean of a stage's ranks, of the stage where it is most."""
     ranks = config.world_size // config.student.pipeline_parallel  # they follow one another
     return max(float(np.mean([rank[part] for rank in held[i : i + ranks]])) for i in range(0, len(held), ranks))
+
+
+def watch_experts(student: Student) -> list[int]:
+    """A list that gets the tokens that reach this rank's experts, layer by layer, in the order of the passes."""
+    arrivals: list[int] = []
+    for chunk in student.model:
+        for module in chunk.modules():
+            if isinstance(module, TEGroupedMLP):
+                module.register_forward_pre_hook(lambda _, given: arrivals.append(len(given[0])))
+    return arrivals
+
+
+def busiest(arrivals: list[int], config: Config) -> float:
+    """Most tokens that reached the rank's experts, of the mean: a random router chooses unevenly.
+
+    With full recomputation of one layer, since one at a time keeps them; else of all layers of a micro-batch.
+    """
+    if not arrivals:
+        return 1.0
+    shape = read_shape(config.student.model, "student.model")
+    layers = 1 if config.student.recompute == "full" else shape.layers // config.student.pipeline_parallel
+    passes = np.array(arrivals).reshape(-1, layers).mean(1)
+    return float(passes.max() / expert_tokens(shape, config.student, row_of_check()))
+
+
+def row_of_check() -> MicroBatch:
+    """Every row of ``make_batch``."""
+    return MicroBatch(sum(SEQUENCES), sum(length**2 for length in SEQUENCES))
 
 
 def resident_bytes(student: Student) -> dict[str, int]:
@@ -267,7 +299,7 @@ def compared(config: Config, result: Path) -> dict[str, dict[str, float]]:
     """By part: planned and measured bytes of the fullest rank."""
     measured = json.loads(result.read_text())
     shape = read_shape(config.student.model, "student.model")
-    row = MicroBatch(sum(SEQUENCES), sum(length**2 for length in SEQUENCES))
+    row = replace(row_of_check(), expert_imbalance=measured["imbalance"])
     stages = [stage_memory(config, shape, stage, row, ROWS) for stage in range(config.student.pipeline_parallel)]
     planned = {part: max(getattr(stage, part) for stage in stages) for part in PARTS[:-1]}
     planned[PARTS[-1]] = max(stage.activations + stage.workspace for stage in stages)

@@ -17,6 +17,7 @@ from megatron_opd.doctor.finding import Check, Finding, by_error, ok, skipped
 from megatron_opd.doctor.gpus import check_gpus
 from megatron_opd.doctor.machine import check_packages, check_python, check_shared_memory, check_torch
 from megatron_opd.doctor.models import check_data, check_images, check_models, check_sizes, check_tokenizers
+from megatron_opd.doctor.nodes import check_nodes
 from megatron_opd.doctor.run import run_check
 from megatron_opd.doctor.servers import check_engines, check_handshakes
 from megatron_opd.doctor.settings import (
@@ -42,6 +43,7 @@ MACHINE: dict[str, tuple[float, Callable[[Config | None], Iterable[Finding]]]] =
 CONFIG: dict[str, tuple[float, Callable[[Config], Iterable[Finding]]]] = {
     "batch": (10, check_batch),
     "placement": (180, check_placement),
+    "nodes": (300, check_nodes),
     "models": (60, check_models),
     "sizes": (60, check_sizes),
     "tokenizers": (300, check_tokenizers),

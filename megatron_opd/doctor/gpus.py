@@ -14,8 +14,7 @@ from megatron_opd.doctor.finding import Finding, failed, ok, skipped, warning
 from megatron_opd.engines.command import gpu_present, resolve_device
 from megatron_opd.errors import ProcessError
 from megatron_opd.runtime.env import environment
-from megatron_opd.runtime.slurm import in_allocation
-from megatron_opd.train.cluster import servers_of
+from megatron_opd.train.cluster import on_slurm, servers_of
 
 QUERY = ("index", "name", "memory.total", "memory.used", "driver_version")
 ANSWER_LIMIT_S = 30.0
@@ -37,6 +36,11 @@ def parse_gpus(text: str) -> list[Gpu]:
     """The answer to ``QUERY`` in CSV without header and units. Raises ValueError."""
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
     return [Gpu(int(index), name, int(total), int(used), driver) for index, name, total, used, driver in rows]
+
+
+def ask_gpus() -> list[Gpu]:
+    """All GPUs of this machine. Raises ProcessError when nvidia-smi does not tell."""
+    return parse_gpus(_ask("nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"))
 
 
 def gpu_map(config: Config, visible: list[str]) -> dict[str, list[str]]:
@@ -64,6 +68,9 @@ def gpu_map(config: Config, visible: list[str]) -> dict[str, list[str]]:
 
 def check_gpus(config: Config | None) -> Iterator[Finding]:
     """Driver, memory that others use, and whether every role has GPUs of its own."""
+    if config and on_slurm(config, environment()):
+        yield skipped("GPUs", "those of the job count: see nodes")
+        return
     wants = {config.student.device, config.engine.device} if config else set()
     if not gpu_present():
         if "cuda" in wants:
@@ -75,7 +82,7 @@ def check_gpus(config: Config | None) -> Iterator[Finding]:
     if shutil.which("nvidia-smi") is None:
         yield warning("GPUs", "a driver, but no nvidia-smi to ask", "nvidia-smi", "install the driver's tools")
         return
-    gpus = parse_gpus(_ask("nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"))
+    gpus = ask_gpus()
     kinds = ", ".join(f"{_count(gpus, name)} x {name}" for name in dict.fromkeys(gpu.name for gpu in gpus))
     cuda = re.search(r"CUDA Version\s*:\s*([\d.]+)", _ask("nvidia-smi"))
     newest = f" (CUDA up to {cuda[1]})" if cuda else ""
@@ -83,7 +90,7 @@ def check_gpus(config: Config | None) -> Iterator[Finding]:
     used = [f"GPU {gpu.index}: {gpu.used_mb:,} MB" for gpu in gpus if gpu.used_mb > USED_SHARE * gpu.memory_mb]
     if used:
         yield warning("GPUs", f"in use already: {', '.join(used)}", "free GPUs", "nvidia-smi shows whose processes")
-    if config and not in_allocation(environment()):
+    if config:
         yield _map_finding(config, gpus)
 
 

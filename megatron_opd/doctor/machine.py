@@ -17,6 +17,8 @@ from megatron_opd.doctor.finding import Finding, failed, ok, skipped, warning
 from megatron_opd.engines.command import gpu_present, resolve_device
 from megatron_opd.plan.memory import refresh_bytes
 from megatron_opd.plan.shape import read_shape
+from megatron_opd.runtime.env import environment
+from megatron_opd.train.cluster import on_slurm
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 OLDEST_PYTHON = (3, 11)
@@ -84,7 +86,9 @@ def check_torch(config: Config | None) -> Iterator[Finding]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     found = f"{torch.__version__}, built for {build}"
     device = resolve_device(config.student.device if config else "auto")
-    if device == "cpu":
+    if config and on_slurm(config, environment()):
+        yield ok("torch", f"{found}; the student's nodes are tried by all-reduce")
+    elif device == "cpu":
         yield ok("torch", f"{found}; the student runs on a CPU")
     elif torch.cuda.is_available():
         yield ok("torch", f"{found}, sees {torch.cuda.device_count()} GPUs", "a GPU")

@@ -17,8 +17,7 @@ from megatron_opd.plan.memory import checkpoint_bytes
 from megatron_opd.plan.shape import read_shape
 from megatron_opd.runtime.env import environment, requeued, wandb_mode
 from megatron_opd.runtime.ports import take_port
-from megatron_opd.runtime.slurm import in_allocation
-from megatron_opd.train.cluster import demands, find_cluster, servers_of
+from megatron_opd.train.cluster import demands, find_cluster, on_slurm, servers_of
 from megatron_opd.train.preflight import attempt
 
 CROWDED = 4  # busy threads per processor
@@ -90,8 +89,8 @@ def check_ports(config: Config) -> Iterator[Finding]:
     if not ports:
         yield ok("ports", "none is fixed: free ones are taken")
         return
-    if in_allocation(environment()):
-        yield skipped("ports", "the job's other nodes cannot be asked; a server tells when its port is taken")
+    if on_slurm(config, environment()):
+        yield skipped("ports", "tried where they will be opened: see nodes")
         return
     owners: dict[int, list[str]] = {}
     for key, port in ports:

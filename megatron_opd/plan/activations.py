@@ -77,11 +77,15 @@ def expert_tokens(shape: ModelShape, student: StudentConfig, row: MicroBatch) ->
 
 
 def head_bytes(shape: ModelShape, student: StudentConfig, row: MicroBatch, top_k: int) -> float:
-    """The last norm, the hidden states of the fused log-prob, and the loss's numbers of each token."""
-    torch = backend_of(student) == "torch"
+    """The last norm, the gradients that the fused loss makes at once, and its numbers of each token.
+
+    The gradients are those of the hidden states and of the output matrix: they wait for the backward pass.
+    """
+    torch, value = backend_of(student) == "torch", VALUE_BYTES[student.dtype]
     hidden = layer_input(shape, student, row)
-    norm = hidden * (2 * FLOAT / VALUE_BYTES[student.dtype] if torch else 1)
-    return norm + hidden + row.tokens / student.context_parallel * (64 + 24 * top_k)
+    norm = hidden * (2 * FLOAT / value if torch else 1)
+    matrix = value * shape.hidden * -(-shape.vocab // student.tensor_parallel)
+    return norm + hidden + matrix + row.tokens / student.context_parallel * (64 + 24 * top_k)
 
 
 def _attention(shape: ModelShape, student: StudentConfig, row: MicroBatch, tokens: float) -> float:

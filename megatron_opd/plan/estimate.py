@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_opd.config import Config, ServerConfig
@@ -190,23 +190,12 @@ def plan_student(setting: Setting, shape: ModelShape) -> StudentPlan:
 def plan_rollout(setting: Setting, shape: ModelShape) -> ServerPlan:
     """The engines that sample."""
     step, server = setting.step, setting.config.rollout.server
-    replica = Replica(shape, server.tensor_parallel, setting.config.engine, setting.gpu, setting.assumed)
-    gpus, replicas = _replicas("rollout_gpus", setting.assumed.rollout_gpus, server)
-    sequences = step.rollouts / replicas
-    prompts = step.groups * (2 * step.prompt * shape.body_params + shape.tower_flops(step.images)) / replicas
-    return ServerPlan(
-        role="rollout",
-        model=shape.name,
-        gpus=gpus,
-        replicas=replicas,
-        weights=replica.weights,
-        cache=replica.kv_memory,
-        cache_tokens=replica.kv_tokens,
-        together=replica.concurrency(sequences, step.prompt + step.lengths.mean_age),
-        scoring=0.0,
-        seconds=replica.prefill_seconds(prompts) + replica.sampling_seconds(sequences, step.prompt, step.lengths),
-        problems=_server_problems("rollout", replica, step),
-    )
+    replica, gpus, count = _replicas(setting, shape, server, "rollout_gpus")
+    sequences = step.rollouts / count
+    prompts = step.groups * (2 * step.prompt * shape.body_params + shape.tower_flops(step.images)) / count
+    seconds = replica.prefill_seconds(prompts) + replica.sampling_seconds(sequences, step.prompt, step.lengths)
+    together = replica.concurrency(sequences, step.prompt + step.lengths.mean_age)
+    return _server_plan("rollout", replica, gpus, step, together=together, seconds=seconds)
 
 
 def plan_frozen(setting: Setting, models: Models) -> list[ServerPlan]:
@@ -220,29 +209,18 @@ def plan_frozen(setting: Setting, models: Models) -> list[ServerPlan]:
 
 def plan_scorer(setting: Setting, role: str, server: ServerConfig, shape: ModelShape, share: float) -> ServerPlan:
     """The servers of a frozen model that scores ``share`` of the rollouts."""
-    step, engine = setting.step, setting.config.engine
-    replica = Replica(shape, server.tensor_parallel, engine, setting.gpu, setting.assumed)
-    gpus, replicas = _replicas("teacher_gpus", setting.assumed.teacher_gpus, server)
-    problems = _server_problems(role, replica, step)
-    outside = setting.gpu.memory * (1 - engine.memory_fraction)
+    step, fraction = setting.step, setting.config.engine.memory_fraction
+    replica, gpus, count = _replicas(setting, shape, server, "teacher_gpus")
+    seconds = replica.prefill_seconds(scoring_flops(shape, step, share) / count)
+    together = replica.concurrency(step.scored * share / count, step.sequence)
+    plan = _server_plan(role, replica, gpus, step, together=together, seconds=seconds)
+    outside = setting.gpu.memory * (1 - fraction)
     if replica.scoring_memory > outside:
-        problems.append(
+        plan.problems.append(
             f"{role}: logits of {gib(replica.scoring_memory)} GiB while scoring, {gib(outside)} GiB outside "
-            f"engine.memory_fraction {engine.memory_fraction:g}"
+            f"engine.memory_fraction {fraction:g}"
         )
-    return ServerPlan(
-        role=role,
-        model=shape.name,
-        gpus=gpus,
-        replicas=replicas,
-        weights=replica.weights,
-        cache=replica.kv_memory,
-        cache_tokens=replica.kv_tokens,
-        together=replica.concurrency(step.scored * share / replicas, step.sequence),
-        scoring=replica.scoring_memory,
-        seconds=replica.prefill_seconds(scoring_flops(shape, step, share) / replicas),
-        problems=problems,
-    )
+    return replace(plan, scoring=replica.scoring_memory)
 
 
 def gib(size: float) -> str:
@@ -250,17 +228,37 @@ def gib(size: float) -> str:
     return f"{size / GIB:,.1f}" if size >= GIB else f"{size / GIB:.3f}"
 
 
-def _replicas(name: str, wanted: int | None, server: ServerConfig) -> tuple[int, int]:
-    """GPUs of a role and its replicas. Raises ConfigError for a part of a replica."""
-    gpus = wanted or server.tensor_parallel * server.count
-    if gpus % server.tensor_parallel:
+def _replicas(setting: Setting, shape: ModelShape, server: ServerConfig, key: str) -> tuple[Replica, int, int]:
+    """One of a role's servers, the GPUs of all, and how many they are.
+
+    key: the assumption that may give the GPUs. Raises ConfigError for a part of a replica.
+    """
+    split, gpus = server.tensor_parallel, getattr(setting.assumed, key) or server.tensor_parallel * server.count
+    if gpus % split:
         raise ConfigError(
             "A replica cannot be split over roles",
-            where=f"--assume {name}",
+            where=f"--assume {key}",
             got=gpus,
-            expected=f"a multiple of the server's tensor_parallel = {server.tensor_parallel}",
+            expected=f"a multiple of the server's tensor_parallel = {split}",
         )
-    return gpus, gpus // server.tensor_parallel
+    return Replica(shape, split, setting.config.engine, setting.gpu, setting.assumed), gpus, gpus // split
+
+
+def _server_plan(role: str, replica: Replica, gpus: int, step: Step, *, together: float, seconds: float) -> ServerPlan:
+    """What sampling and scoring servers have in common."""
+    return ServerPlan(
+        role=role,
+        model=replica.shape.name,
+        gpus=gpus,
+        replicas=gpus // replica.split,
+        weights=replica.weights,
+        cache=replica.kv_memory,
+        cache_tokens=replica.kv_tokens,
+        together=together,
+        scoring=0.0,
+        seconds=seconds,
+        problems=_server_problems(role, replica, step),
+    )
 
 
 def _server_problems(role: str, replica: Replica, step: Step) -> list[str]:

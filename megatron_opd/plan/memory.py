@@ -20,6 +20,7 @@ from megatron_opd.plan.shape import ModelShape
 
 GPU_BLOCK = 4096, 8192  # positions and columns of logits that exist at a time: student.fused_logprob.BLOCKS
 CPU_BLOCK = 1024, 512
+PART = 512  # positions: student.fused_logprob.PART
 MOMENTS = 2 * FLOAT  # Adam's two, of each parameter
 
 
@@ -136,15 +137,23 @@ def layer_workspace(shape: ModelShape, student: StudentConfig, row: MicroBatch) 
 
 
 def head_workspace(shape: ModelShape, student: StudentConfig, row: MicroBatch, config: Config) -> float:
-    """Of the fused log-prob: a block of logits, and the gradients of hidden states (float32) and of its matrix."""
+    """Of the fused loss, beside what it keeps: logits, the gradient of hidden states and of a block of its matrix.
+
+    In float32 the logits of ``PART`` positions are kept from log-probs to gradients, and gradients are added up in
+    place. In half precision a block of logits exists at a time, and gradients are added up in float32.
+    """
     value, tokens = VALUE_BYTES[student.dtype], row.tokens / student.context_parallel
-    height, width = CPU_BLOCK if backend_of(student) == "torch" else GPU_BLOCK
     columns = -(-shape.vocab // student.tensor_parallel)
-    block = min(height, tokens) * min(width, columns) * (2 * value + 2 * FLOAT)
-    by_columns = FLOAT * min(width, columns) * shape.hidden
+    height, width = CPU_BLOCK if backend_of(student) == "torch" else GPU_BLOCK
+    in_place = student.dtype == "float32" and not student.sequence_parallel  # then it is what the loss keeps
+    by_hidden = 0.0 if in_place else tokens * shape.hidden * FLOAT
+    if student.dtype == "float32":
+        logits = min(PART, tokens) * (columns + min(height * width // PART, columns)) * FLOAT  # a block's exponentials
+    else:
+        logits = min(height, tokens) * min(width, columns) * (2 * value + 2 * FLOAT)
+        logits += FLOAT * min(width, columns) * shape.hidden
     gathered = value * tokens * shape.hidden if student.sequence_parallel else 0
-    sums = FLOAT * tokens * (3 + config.scoring.top_k)
-    return block + by_columns + gathered + sums + tokens * shape.hidden * FLOAT + value * columns * shape.hidden
+    return logits + gathered + FLOAT * tokens * (3 + config.scoring.top_k) + by_hidden
 
 
 def plain_logits_bytes(shape: ModelShape, student: StudentConfig, row: MicroBatch) -> float:

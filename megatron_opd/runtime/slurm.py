@@ -46,12 +46,36 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation:
 
 
 def _nodes(environment: Mapping[str, str], suffix: str, het_group: int | None) -> tuple[Node, ...]:
-    names = _ask("scontrol", "show", "hostnames", environment[f"SLURM_JOB_NODELIST{suffix}"]).split()
+    job = environment[f"SLURM_JOB_ID{suffix}"]
+    names = _hostnames(environment[f"SLURM_JOB_NODELIST{suffix}"])
     cpus = expand_counts(environment[f"SLURM_JOB_CPUS_PER_NODE{suffix}"])
-    gpus = int(environment.get(f"SLURM_GPUS_ON_NODE{suffix}", environment.get("SLURM_GPUS_ON_NODE", "0")))
+    gpus = _gpus(_ask("scontrol", "show", "job", job, "--details", "--oneliner"), job)
     lines = _ask("scontrol", "show", "node", ",".join(names), "--oneliner").splitlines()
     addresses = dict(map(name_and_address, lines))
-    return tuple(Node(name, addresses[name], count, gpus, het_group) for name, count in zip(names, cpus, strict=True))
+    return tuple(
+        Node(name, addresses[name], count, gpus.get(name, 0), het_group)
+        for name, count in zip(names, cpus, strict=True)
+    )
+
+
+def _hostnames(nodelist: str) -> list[str]:
+    return _ask("scontrol", "show", "hostnames", nodelist).split()
+
+
+def _gpus(answer: str, job: str) -> dict[str, int]:
+    """GPUs of the job on each node. The environment has those of the first node, and none of a further component."""
+    # Asked for the first component of a heterogeneous job it tells of all.
+    [line] = [line for line in answer.splitlines() if line.startswith(f"JobId={job} ")]
+    return {name: count for nodelist, count in dealt_gpus(line) for name in _hostnames(nodelist)}
+
+
+def dealt_gpus(line: str) -> list[tuple[str, int]]:
+    """Nodes and GPUs of each of them, out of a line of ``scontrol show job --details --oneliner``.
+
+    "Nodes=n[1-2] CPU_IDs=0-7 Mem=0 GRES=gpu:h100:8(IDX:0-7)" is ("n[1-2]", 8).
+    """
+    found = re.findall(r" Nodes=(\S+) CPU_IDs=\S+ Mem=\S+ GRES=(\S*)", line)
+    return [(nodes, sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", gres)))) for nodes, gres in found]
 
 
 def expand_counts(text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_opd.config import ClusterConfig, Config, ServerConfig
 from megatron_opd.errors import ConfigError, OpdError, raise_together
@@ -24,6 +25,12 @@ class Cluster:
     def host(self, role: str) -> str:
         """Address at which other roles reach this one."""
         return self.places[role].address if self.allocation else LOOPBACK
+
+    def resolved(self, config: Config) -> Config:
+        """With the device of the job's servers, which the node that starts them may lack. Ranks look for themselves."""
+        if config.engine.device != "auto" or not (self.allocation and any(node.gpus for node in self.allocation.nodes)):
+            return config
+        return config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cuda"})})
 
     def nodes(self, role: str) -> int:
         """Nodes that the role spans."""
@@ -50,16 +57,23 @@ class Cluster:
         if image and self.config.container_tool == "pyxis":
             mounts = ",".join(self.config.container_mounts)
             argv += [f"--container-image={image}", *([f"--container-mounts={mounts}"] if mounts else [])]
+            argv.append(f"--container-workdir={Path.cwd()}")  # paths of the config may be relative
         return [*argv, *self.config.srun]
 
     def _apptainer(self, image: str | None) -> list[str]:
         if not image or self.config.container_tool != "apptainer":
             return []
         binds = [part for mount in self.config.container_mounts for part in ("--bind", mount)]
-        return ["apptainer", "exec", "--nv", *binds, image]
+        return ["apptainer", "exec", "--nv", "--pwd", str(Path.cwd()), *binds, image]
 
 
 ONE_MACHINE = Cluster(ClusterConfig(), None, {})
+
+
+def on_slurm(config: Config, environment: Mapping[str, str]) -> bool:
+    """Whether a process with this environment is to start the run's processes with srun."""
+    wanted = config.cluster.launcher
+    return wanted == "slurm" or (wanted == "auto" and in_allocation(environment))
 
 
 def find_cluster(config: Config, environment: Mapping[str, str]) -> Cluster:
@@ -67,10 +81,9 @@ def find_cluster(config: Config, environment: Mapping[str, str]) -> Cluster:
 
     Raises ConfigError when the roles do not fit, all of them at once; ProcessError when SLURM cannot be asked.
     """
-    wanted, inside = config.cluster.launcher, in_allocation(environment)
-    if wanted == "local" or (wanted == "auto" and not inside):
+    if not on_slurm(config, environment):
         return ONE_MACHINE
-    if not inside:
+    if not in_allocation(environment):
         raise ConfigError(
             "There is no SLURM job",
             where="cluster.launcher",

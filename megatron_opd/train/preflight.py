@@ -12,10 +12,11 @@ from megatron_opd.engines.command import check_engine_python, resolve_device
 from megatron_opd.engines.vllm_command import check_vllm_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
 from megatron_opd.observe.sinks import check_sinks
-from megatron_opd.runtime.env import secret
+from megatron_opd.runtime.env import environment, secret
 from megatron_opd.runtime.vision import text_config
 from megatron_opd.student.hf_weights import weight_mistakes
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
+from megatron_opd.train.cluster import on_slurm
 from megatron_opd.train.vision_checks import vision_mistakes
 
 
@@ -86,12 +87,15 @@ def server_mistakes(config: Config) -> Iterator[OpdError]:
     servers = {"rollout.server": config.rollout.server} | config.frozen_servers
     engines = {server.engine for server in servers.values() if not server.urls}
     checks = {"sglang": check_engine_python, "vllm": check_vllm_python}
-    for engine in sorted(engines):
+    placed = on_slurm(config, environment())  # which then deals out the GPUs
+    for engine in (
+        [] if placed and config.cluster.engine_image else sorted(engines)
+    ):  # the image has a Python of its own
         yield from attempt(lambda e=engine: checks[e](config.engine))
     for server in servers.values():
         if server.api_key_env is not None:
             yield from attempt(lambda s=server: secret(s.api_key_env))
-    on_gpu = resolve_device(config.engine.device) == "cuda"
+    on_gpu = resolve_device(config.engine.device) == "cuda" and not placed
     for key in [key for key, server in servers.items() if on_gpu and server.replicas > 1 and server.gpus is None]:
         yield ConfigError(
             "Several servers would share the same GPUs",

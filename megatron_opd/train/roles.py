@@ -140,7 +140,7 @@ def own_roles(
     return [
         Role(
             "coordinator",
-            [sys.executable, "-m", "megatron_opd.coordinator", str(run.path)],
+            [*_python(cluster), "megatron_opd.coordinator", str(run.path)],
             environment,
             f"{endpoints.coordinator}/health",
         ),

@@ -131,7 +131,8 @@ def dry_run(config: Config) -> list[str]:
 
 def _roles(run: RunDirectory, config: Config, endpoints: Endpoints, cluster: Cluster) -> list[Role]:
     token = new_token()
-    return on_nodes(server_roles(config, endpoints) + own_roles(run, config, endpoints, token, cluster), cluster, token)
+    servers = server_roles(cluster.resolved(config), endpoints)
+    return on_nodes([*servers, *own_roles(run, config, endpoints, token, cluster)], cluster, token)
 
 
 def _as_requeued(config: Config, console: RunConsole) -> Config:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_opd.data.pass_rates import read_pass_rates
 
-from runs import COMMAND, GONE_LIMIT_S, ROOT, TOY, Run, Servers, assert_all_gone, finish
+from runs import COMMAND, GONE_LIMIT_S, ROOT, TOY, Run, Servers, assert_all_gone, finish, starting
 
 PROMPTS, SAMPLES = 40, 4
 TRAIN = ROOT / "tools/toy/data/train.jsonl"
@@ -29,21 +29,14 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_difficulty(servers: Servers, prompts: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start the command on ``prompts`` and the shared server; it is killed after the test."""
-    runs: list[Run] = []
+    with starting(tmp_path) as begin:
 
-    def begin(*overrides: str) -> Run:
-        output = tmp_path / f"{len(runs)}.out"
-        argv = [str(COMMAND), "difficulty", str(TOY), f"data.train={prompts}", f"difficulty.samples={SAMPLES}"]
-        argv += [f"rollout.server.urls=[{servers.rollout}]", f"difficulty.output={tmp_path / 'out'}", *overrides]
-        with output.open("wb") as file:
-            process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-        runs.append(Run(process, tmp_path / "out", output))
-        return runs[-1]
+        def estimate(*overrides: str) -> Run:
+            asked = [f"data.train={prompts}", f"difficulty.samples={SAMPLES}", f"difficulty.output={tmp_path / 'out'}"]
+            asked.append(f"rollout.server.urls=[{servers.rollout}]")
+            return begin(tmp_path / "out", "difficulty", str(TOY), *asked, *overrides)
 
-    yield begin
-    for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
+        yield estimate
 
 
 def lines_of(run: Run) -> list[dict]:

@@ -18,7 +18,7 @@ from megatron_opd.convert.console import ConversionConsole
 from megatron_opd.evaluation.model import find_model
 from megatron_opd.evaluation.results import read_problems
 
-from runs import COMMAND, GONE_LIMIT_S, ROOT, Run, Servers, assert_all_gone, finish
+from runs import COMMAND, GONE_LIMIT_S, ROOT, Run, Servers, assert_all_gone, finish, starting
 
 MODELS = ROOT / "tools/toy/models"
 PROBLEMS, SAMPLES = 40, 4
@@ -27,21 +27,13 @@ PROBLEMS, SAMPLES = 40, 4
 @pytest.fixture
 def run_eval(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start ``megatron-opd eval MODEL conf/eval/toy.yaml ...`` into a folder of that name; killed after the test."""
-    runs: list[Run] = []
+    with starting(tmp_path) as begin:
 
-    def begin(folder: str, model: Path, url: str, *changes: str) -> Run:
-        output = tmp_path / f"{len(runs)}.out"
-        argv = [str(COMMAND), "eval", str(model), "conf/eval/toy.yaml", f"output={tmp_path / folder}"]
-        argv += [f"server.urls=[{url}]", f"limit={PROBLEMS}", *changes]
-        with output.open("wb") as file:
-            process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-        runs.append(Run(process, tmp_path / folder, output))
-        return runs[-1]
+        def evaluate(folder: str, model: Path, url: str, *changes: str) -> Run:
+            asked = [f"output={tmp_path / folder}", f"server.urls=[{url}]", f"limit={PROBLEMS}", *changes]
+            return begin(tmp_path / folder, "eval", str(model), "conf/eval/toy.yaml", *asked)
 
-    yield begin
-    for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
+        yield evaluate
 
 
 def compare(*arguments: object) -> subprocess.CompletedProcess:

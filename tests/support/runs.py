@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,30 @@ class Run:
         """Every process of the run, by its command line; the supervisor is not among them."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return {f"{command_of(child)} [{child.pid}]": child for child in children}
+
+
+@contextmanager
+def starting(outputs: Path) -> Iterator[Callable[..., Run]]:
+    """A function that starts the command line: the run's folder, then arguments. Output goes to files in ``outputs``.
+
+    What still runs afterwards is killed.
+    """
+    runs: list[Run] = []
+
+    def begin(folder: Path, *arguments: str) -> Run:
+        output = outputs / f"{len(runs)}.out"
+        argv = [str(COMMAND), *arguments]
+        with output.open("wb") as file:
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        runs.append(Run(process, folder, output))
+        return runs[-1]
+
+    try:
+        yield begin
+    finally:
+        for run in runs:
+            if run.process.poll() is None:
+                run.process.kill()
 
 
 def finish(run: Run, limit_s: float = 300) -> int:

@@ -12,11 +12,13 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 START_LIMIT_S = 30.0
@@ -27,7 +29,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -41,13 +43,14 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1,requeue_setup_env_fail
+SchedulerParameters=sched_interval=1,bf_interval=1,requeue_setup_env_fail
 SchedulerType=sched/backfill
 JobRequeue=1
 KillWait=20
 ReturnToService=2
 SlurmdTimeout=60
 InactiveLimit=0
+GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -107,16 +110,25 @@ def missing() -> str | None:
     return f"not installed: {', '.join(lacking)} (Debian's packages slurm-wlm and munge)" if lacking else None
 
 
-def start_cluster(folder: Path, count: int, *, cpus: int = 2) -> SlurmCluster:
-    """Start ``count`` virtual nodes n1, n2, ... Raises TimeoutError, with the controller's log, when they stay away."""
+def start_cluster(folder: Path, count: int, *, cpus: int = 2, gpus: int = 0) -> SlurmCluster:
+    """Start ``count`` virtual nodes n1, n2, ..., whose last ones have ``gpus`` GPUs that SLURM alone believes in.
+
+    The first half of the nodes has none. Raises TimeoutError, with the controller's log, when nodes stay away.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state").mkdir()
     host, ports = socket.gethostname().split(".")[0], _free_ports(count + 1)
     names = tuple(f"n{number + 1}" for number in range(count))
+    with_gpus = names[count // 2 :] if gpus else ()
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000"
+        + (f" Gres=gpu:{gpus}" if name in with_gpus else "")
         for name, port in zip(names, ports[1:], strict=True)
     )
+    for number in range(gpus):
+        (folder / f"gpu{number}").touch()  # in place of a device: SLURM wants a file for each
+    devices = f"Name=gpu Flags=nvidia_gpu_env File={folder}/gpu[0-{gpus - 1}]"
+    (folder / "gres.conf").write_text("".join(f"NodeName={name} {devices}\n" for name in with_gpus))
     (folder / "slurm.conf").write_text(CONFIG.format(host=host, folder=folder, ports=ports, nodes=nodes))
     cluster = SlurmCluster(folder, names)
     _start_munge(folder)
@@ -125,6 +137,19 @@ def start_cluster(folder: Path, count: int, *, cpus: int = 2) -> SlurmCluster:
         subprocess.run(["slurmd", "-N", name], env=cluster.environment, check=True, timeout=30)
     _wait_until_idle(cluster)
     return cluster
+
+
+@contextmanager
+def cluster_or_skip(folder: Path, count: int, *, gpus: int = 0) -> Iterator[SlurmCluster]:
+    """A cluster for as long as tests need it; they are skipped where there can be none."""
+    install()
+    if reason := missing():
+        pytest.skip(reason)
+    found = start_cluster(folder, count, gpus=gpus)
+    try:
+        yield found
+    finally:
+        found.stop()
 
 
 def _start_munge(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_opd.errors import ProcessError
-from megatron_opd.runtime.slurm import expand_counts, in_allocation, name_and_address, read_allocation
+from megatron_opd.runtime.slurm import dealt_gpus, expand_counts, in_allocation, name_and_address, read_allocation
 
 
 def test_counts_of_nodes_are_written_out() -> None:
@@ -16,6 +16,17 @@ def test_counts_of_nodes_are_written_out() -> None:
 def test_name_and_address_come_out_of_a_line() -> None:
     line = "NodeName=n1 Arch=x86_64 Gres=gpu:8 NodeAddr=10.1.2.3 OS=Linux 6.1 #1 SMP State=MIXED"
     assert name_and_address(line) == ("n1", "10.1.2.3")
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [("gpu:2(IDX:0-1)", 2), ("gpu:h100:8(IDX:0-7)", 8), ("gpu:a100:3(IDX:0-1,3),shard:2(IDX:0)", 3), ("", 0)],
+)
+def test_gpus_of_each_node_come_out_of_a_job_s_details(gres: str, gpus: int) -> None:
+    parts = ["JobId=7 NodeList=n[1-3] JOB_GRES=gpu:9  ", "Nodes=n1 CPU_IDs=0 Mem=0 GRES= "]
+    parts += [f"Nodes=n[2-3] CPU_IDs=0-7,9 Mem=0 GRES={gres} MinCPUsNode=1 TresPerNode=gres:gpu:2"]
+    line = " ".join(parts)
+    assert dealt_gpus(line) == [("n1", 0), ("n[2-3]", gpus)]
 
 
 def test_outside_a_job_there_is_no_allocation() -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.config import ClusterConfig, Config, load_config
+from megatron_opd.engines.command import resolve_device
 from megatron_opd.engines.connect import key_of
 from megatron_opd.errors import ConfigError
+from megatron_opd.runtime.rundir import Endpoints, RunDirectory
 from megatron_opd.runtime.slurm import Allocation, Node
 from megatron_opd.train.cluster import ONE_MACHINE, Cluster, demands, find_cluster
 from megatron_opd.train.placement import Place, place
-from megatron_opd.train.roles import Role, assign_endpoints, on_nodes
+from megatron_opd.train.preflight import server_mistakes
+from megatron_opd.train.roles import Role, assign_endpoints, on_nodes, own_roles
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 GPU_NODE = Node("g1", "10.0.0.1", 96, 8)
@@ -70,10 +73,39 @@ def test_srun_starts_one_process_on_each_node_and_names_its_gpus() -> None:
 
 def test_containers_are_those_of_the_cluster_s_tool() -> None:
     pyxis = in_job(container_tool="pyxis", container_mounts=["/a:/a"]).command("rollout", ["x"], "image")
-    assert {"--container-image=image", "--container-mounts=/a:/a"} <= set(pyxis)
+    assert {"--container-image=image", "--container-mounts=/a:/a", f"--container-workdir={Path.cwd()}"} <= set(pyxis)
     apptainer = in_job(container_tool="apptainer", container_mounts=["/a:/a"]).command("rollout", ["x"], "image.sif")
     inner = apptainer[apptainer.index("apptainer") :]
-    assert inner[:6] == ["apptainer", "exec", "--nv", "--bind", "/a:/a", "image.sif"]
+    assert inner[:8] == ["apptainer", "exec", "--nv", "--pwd", str(Path.cwd()), "--bind", "/a:/a", "image.sif"]
+
+
+def test_coordinator_and_ranks_take_the_python_of_the_trainer_s_image(tmp_path: Path) -> None:
+    config, cluster = settings("toy.yaml"), in_job(trainer_python="/opt/python", container_tool="apptainer")
+    endpoints = Endpoints("http://10.0.0.1:1", ["http://10.0.0.1:2"], {}, [], "10.0.0.2", 3)
+    roles = own_roles(RunDirectory(tmp_path), config, endpoints, "the-key", cluster)
+    assert [role.argv[:2] for role in roles] == [["/opt/python", "-m"]] * 2
+
+
+def test_engines_get_the_device_of_the_job_not_of_the_node_that_starts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_opd.engines.command.gpu_present", lambda: False)  # a coordinator's node without GPUs
+    config = settings("toy.yaml")
+    assert resolve_device(config.engine.device) == "cpu"
+    assert in_job().resolved(config).engine.device == "cuda"
+    assert in_job().resolved(settings("toy.yaml", "engine.device=cpu")).engine.device == "cpu"
+    assert ONE_MACHINE.resolved(config) is config
+
+
+@pytest.mark.parametrize("name", ["single_teacher", "multi_teacher", "strong_to_weak"])
+def test_in_a_job_replicas_need_no_gpus_of_their_own_and_an_image_brings_its_python(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_opd.engines.command.gpu_present", lambda: True)
+    config = settings(f"{name}.yaml", "engine.python=/nowhere/python", "cluster.engine_image=engine.sif")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    told = " ".join(map(str, server_mistakes(config)))
+    assert "share the same GPUs" in told and "/nowhere/python" in told
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert list(server_mistakes(config)) == []
 
 
 def test_a_component_of_a_heterogeneous_job_is_named() -> None:
