@@ -53,6 +53,9 @@ def run_kind(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[
         "packed": packed_logprobs(student, seen),
         "swapped": packed_logprobs(student, swapped(seen)),
     }
+    # Other stages have no tower, and read no pixels.
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    assert hasattr(student.model[0].module, "visual") == bool(student.images._kept) == first
     export.export_hf(student, work / kind, work / f"{kind}-{layout}")
     result["frozen"] = one_step(student, seen, "row_each")
     result |= {split: one_step(build_student(learning), seen, split) for split in ("row_each", "one_row")}
