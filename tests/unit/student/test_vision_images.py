@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Picture
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_opd.errors import DataError
 from megatron_opd.runtime.vision import Vision, image_file
-from megatron_opd.student.vision.images import ImageReader, patchify
+from megatron_opd.student.vision.images import ImageReader
+from megatron_opd.student.vision.tower import patch_grid, patchify
 
 
 def vision(patch: int = 16, merge: int = 2, mean: float = 0.5) -> Vision:
@@ -30,7 +32,9 @@ def vision(patch: int = 16, merge: int = 2, mean: float = 0.5) -> Vision:
 
 
 def keep(folder: Path, name: str, rows: int, columns: int, side: int = 32) -> np.ndarray:
-    pixels = np.random.default_rng(rows).integers(0, 256, (rows * side, columns * side, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(list(name.encode())).integers(
+        0, 256, (rows * side, columns * side, 3), dtype=np.uint8
+    )
     path = image_file(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     Picture.fromarray(pixels).save(path)
@@ -51,41 +55,46 @@ def test_patches_equal_those_of_transformers(patch: int, merge: int, rows: int, 
         image_std=list(how.std),
     )
     theirs = processor(Picture.fromarray(pixels), return_tensors="np")
-    ours = patchify(pixels, how)
-    np.testing.assert_allclose(ours, theirs["pixel_values"], atol=1e-6, rtol=0)
-    assert theirs["image_grid_thw"].tolist() == [[1, rows * merge, columns * merge]]
+    ours = patchify(torch.from_numpy(pixels), how)
+    np.testing.assert_allclose(ours.numpy(), theirs["pixel_values"], atol=1e-6, rtol=0)
+    assert theirs["image_grid_thw"].tolist() == patch_grid([(rows, columns)], how).tolist()
 
 
-def test_reader_puts_images_one_behind_the_other(tmp_path: Path) -> None:
+def test_reader_gives_pixels_as_they_are(tmp_path: Path) -> None:
     first, second = keep(tmp_path, "aa", 1, 2), keep(tmp_path, "bb", 2, 1)
-    reader = ImageReader(tmp_path, vision())
-    found = reader.patches(("bb", "aa"), [(2, 1), (1, 2)])
-    np.testing.assert_array_equal(found, np.concatenate([patchify(second, vision()), patchify(first, vision())]))
-    assert reader.grid([(2, 1), (1, 2)]).tolist() == [[1, 4, 2], [1, 2, 4]]
+    found = ImageReader(tmp_path, vision()).pixels(("bb", "aa", "bb"), [(2, 1), (1, 2), (2, 1)])
+    for pixels, expected in zip(found, (second, first, second), strict=True):
+        np.testing.assert_array_equal(pixels, expected)
 
 
 def test_reader_keeps_what_it_read_last(tmp_path: Path) -> None:
-    bytes_of_one = keep(tmp_path, "aa", 1, 1).nbytes
-    for name in ("bb", "cc"):
-        keep(tmp_path, name, 1, 1)
-    reader = ImageReader(tmp_path, vision(), cache_bytes=2 * bytes_of_one)
-    before = {name: reader.patches([name], [(1, 1)]) for name in ("aa", "bb", "aa", "cc")}  # bb was asked for first
-    for name in ("aa", "bb", "cc"):
+    kept = {name: keep(tmp_path, name, 1, 1) for name in ("aa", "bb", "cc")}
+    reader = ImageReader(tmp_path, vision(), cache_bytes=2 * kept["aa"].nbytes)
+    for name in ("aa", "bb", "aa", "cc"):  # bb was asked for first
+        reader.pixels([name], [(1, 1)])
+    for name in kept:
         image_file(tmp_path, name).unlink()
     for name in ("aa", "cc"):
-        np.testing.assert_array_equal(reader.patches([name], [(1, 1)]), before[name])
+        np.testing.assert_array_equal(reader.pixels([name], [(1, 1)])[0], kept[name])
     with pytest.raises(DataError, match=r"cannot be read[\s\S]*bb"):
-        reader.patches(["bb"], [(1, 1)])
+        reader.pixels(["bb"], [(1, 1)])
+
+
+def test_a_row_with_more_images_than_are_kept(tmp_path: Path) -> None:
+    kept = {name: keep(tmp_path, name, 1, 1) for name in ("aa", "bb", "cc")}
+    found = ImageReader(tmp_path, vision(), cache_bytes=kept["aa"].nbytes).pixels(list(kept), [(1, 1)] * 3)
+    for pixels, expected in zip(found, kept.values(), strict=True):
+        np.testing.assert_array_equal(pixels, expected)
 
 
 def test_another_size_than_the_prompt_says(tmp_path: Path) -> None:
     keep(tmp_path, "aa", 1, 2)
     with pytest.raises(DataError, match=r"another size[\s\S]*64 x 32 pixels[\s\S]*32 x 64"):
-        ImageReader(tmp_path, vision()).patches(["aa"], [(2, 1)])
+        ImageReader(tmp_path, vision()).pixels(["aa"], [(2, 1)])
 
 
 def test_a_file_that_is_no_image(tmp_path: Path) -> None:
     keep(tmp_path, "aa", 1, 1)
     image_file(tmp_path, "aa").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be read"):
-        ImageReader(tmp_path, vision()).patches(["aa"], [(1, 1)])
+        ImageReader(tmp_path, vision()).pixels(["aa"], [(1, 1)])

@@ -19,7 +19,7 @@ from vision_models import make_vision_model
 from megatron_opd.records import Image, PackedBatch
 from megatron_opd.runtime.vision import image_file, read_vision
 from megatron_opd.student.vision.families import FAMILIES
-from megatron_opd.student.vision.images import patchify
+from megatron_opd.student.vision.tower import patch_grid, patchify
 
 START, END, PLACEHOLDER = 512, 513, 514
 VOCAB = 516
@@ -165,14 +165,13 @@ class VisionReference:
         self._known[tokens.tobytes()] = images
 
     def __call__(self, ids: torch.Tensor) -> Any:
-        images, merge = self._known[ids.numpy().tobytes()], self._vision.merge_size
+        images = self._known[ids.numpy().tobytes()]
         if not images:
             return self._model(input_ids=ids)
-        patches = [patchify(self._pixels(image), self._vision) for image in images]
         return self._model(
             input_ids=ids,
-            pixel_values=torch.from_numpy(np.concatenate(patches)),
-            image_grid_thw=torch.tensor([[1, image.rows * merge, image.columns * merge] for image in images]),
+            pixel_values=torch.cat([patchify(self._pixels(image), self._vision) for image in images]),
+            image_grid_thw=patch_grid([(image.rows, image.columns) for image in images], self._vision),
             mm_token_type_ids=(ids == PLACEHOLDER).int(),
         )
 
@@ -199,6 +198,6 @@ class VisionReference:
                 return saved + name.removeprefix(prefix)
         return name
 
-    def _pixels(self, image: Image) -> np.ndarray:
+    def _pixels(self, image: Image) -> torch.Tensor:
         with Picture.open(image_file(self._images, image.hash)) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return torch.from_numpy(np.array(picture.convert("RGB")))
