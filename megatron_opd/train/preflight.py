@@ -14,6 +14,7 @@ from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_togethe
 from megatron_opd.observe.sinks import check_sinks
 from megatron_opd.runtime.env import secret
 from megatron_opd.runtime.vision import text_config
+from megatron_opd.student.hf_weights import weight_mistakes
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
 from megatron_opd.train.vision_checks import vision_mistakes
 
@@ -30,7 +31,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
     yield from missing
     if missing:
         return  # what follows reads the models
-    yield from size_mistakes(config, read_hf_config(config.student.model))
+    yield from model_mistakes(config)
     yield from fit_mistakes(config)
     yield from tokenizer_mistakes(config)
     yield from attempt(lambda: check_inputs(config, load_tokenizer(config.student.model)))
@@ -52,6 +53,14 @@ def missing_models(config: Config) -> Iterator[OpdError]:
     """Folders that hold no checkpoint."""
     for key, model in models_of(config).items():
         yield from attempt(lambda k=key, m=model: check_model(k, m))
+
+
+def model_mistakes(config: Config) -> list[OpdError]:
+    """What is wrong with the student's sizes, and with its weights where its model is one that we build."""
+    hf_config = read_hf_config(config.student.model)
+    sizes = size_mistakes(config, hf_config)
+    known = not any(isinstance(error, ModelError) for error in sizes)
+    return [*sizes, *(weight_mistakes(config.student.model, hf_config) if known else [])]
 
 
 def fit_mistakes(config: Config) -> Iterator[OpdError]:
