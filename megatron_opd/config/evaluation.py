@@ -28,7 +28,7 @@ class BenchmarkConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     """Column map of the file; repeats is not read."""
     template: str | None = None
-    """Text of the question, with the record's in the place of {prompt}; null asks the record's alone."""
+    """Text of the question, with the record's, unless it has this one, in the place of {prompt}; null adds nothing."""
     samples: PositiveInt = 1
     """Responses for each problem: n."""
     max_new_tokens: PositiveInt = 16384

@@ -122,8 +122,13 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, bad: dict[str, Path], 
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
-@pytest.mark.parametrize("shut", ["file", "folder"])
-@pytest.mark.parametrize("command", ["prepare --benchmark", "eval problems", "difficulty prompts", "train streamed"])
+@pytest.mark.parametrize(
+    ("command", "shut"),
+    [
+        *[(command, "file") for command in ("prepare --benchmark", "eval problems", "train streamed")],
+        *[(command, "folder") for command in ("prepare", "difficulty prompts", "compare")],
+    ],
+)
 def test_a_file_that_may_not_be_read(tmp_path: Path, bad: dict[str, Path], command: str, shut: str) -> None:
     folder = tmp_path / "shut"
     folder.mkdir()
