@@ -54,6 +54,7 @@ def test_everything_dies_once_and_nothing_is_lost(servers: Servers, run_train) -
         assert row["opd/engine_trainer_difference"] <= 1e-4 and row["refresh/probe_difference"] <= 1e-4
 
 
+@pytest.mark.timeout(900)
 def test_a_teacher_that_hangs_is_killed_and_comes_back(servers: Servers, run_train) -> None:
     attached = [f"rollout.server.urls=[{servers.rollout}]", f"teachers.code.server.urls=[{servers.code}]"]
     settings = [*SMALL, *attached, "engine.hang_s=10", "engine.request_timeout_s=3600", "steps=3"]
