@@ -91,7 +91,7 @@ def test_doctor_asks_every_node_of_the_job(cluster: SlurmCluster, tmp_path: Path
     assert failed == {
         f"n2: {dealt}",
         f"n3: {dealt}",
-        f"n2: port of teacher-code {port}: The port cannot be used",
+        f"n3: port of teacher-code {port}: The port cannot be used",
     }
     told = {check: text for check, state, text in found if state == "ok"}
     assert re.fullmatch(r"4 ranks on 2 nodes, gloo: 16\.8 MB in \d+ ms", told["all-reduce"])

@@ -119,10 +119,11 @@ def start_cluster(folder: Path, count: int, *, cpus: int = 2, gpus: int = 0) -> 
     (folder / "state").mkdir()
     host, ports = socket.gethostname().split(".")[0], _free_ports(count + 1)
     names = tuple(f"n{number + 1}" for number in range(count))
+    # A weight, so that a job's component without GPUs is not planned on a node that another component needs.
     with_gpus = names[count // 2 :] if gpus else ()
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000"
-        + (f" Gres=gpu:{gpus}" if name in with_gpus else "")
+        + (f" Gres=gpu:{gpus} Weight=2" if name in with_gpus else "")
         for name, port in zip(names, ports[1:], strict=True)
     )
     for number in range(gpus):
