@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,11 +15,19 @@ import psutil
 import pytest
 
 from megatron_opd.cli import app
+from megatron_opd.data.tokenizer import load_tokenizer
 
 from runs import ROOT, TOY
 
 STUDENT = ROOT / "tools" / "toy" / "models" / "student"
 GOOD_LINE = '{"prompt": "Compute 1 + 1.", "answer": "2", "domain": "math"}\n'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What every fork below would import."""
+    import_module("megatron_opd.train.supervisor")
+    load_tokenizer(STUDENT)
 
 
 def command_line(tmp_path: Path, *arguments: str) -> tuple[int, str]:
