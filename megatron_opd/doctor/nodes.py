@@ -102,8 +102,9 @@ def _gpus(node: Node, one: dict[str, Any]) -> Iterator[Finding]:
         found = f"{node.name}: {len(used)} GPUs in use already, up to {max(used):,} MB"
         yield warning(NAME, found, "free GPUs", "nvidia-smi there shows whose processes")
     if gpus and one["shared_memory"] < SHARED_FOR_GPUS:
+        found = f"{node.name}: {size(one['shared_memory'])} free in /dev/shm"
         yield warning(
-            NAME, f"{node.name}: /dev/shm has {size(one['shared_memory'])}", f"{size(SHARED_FOR_GPUS)} for NCCL"
+            NAME, found, f"{size(SHARED_FOR_GPUS)} for NCCL", "mount a larger one; in a container: --ipc=host"
         )
 
 
