@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nodes", type=int, default=4, help="virtual nodes, n1 and so on")
     parser.add_argument("--cpus", type=int, default=2, help="processors that each of them claims to have")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that SLURM deals out on the second half of the nodes")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that SLURM deals out on each node but the first")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, with its arguments")
     options = parser.parse_args()
     if not options.command:

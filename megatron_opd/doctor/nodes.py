@@ -102,9 +102,11 @@ def _gpus(node: Node, one: dict[str, Any]) -> Iterator[Finding]:
         found = f"{node.name}: {len(used)} GPUs in use already, up to {max(used):,} MB"
         yield warning(NAME, found, "free GPUs", "nvidia-smi there shows whose processes")
     if gpus and one["shared_memory"] < SHARED_FOR_GPUS:
-        yield warning(
-            NAME, f"{node.name}: /dev/shm has {size(one['shared_memory'])}", f"{size(SHARED_FOR_GPUS)} for NCCL"
+        found, needed = (
+            f"{node.name}: {size(one['shared_memory'])} free in /dev/shm",
+            f"{size(SHARED_FOR_GPUS)} for NCCL",
         )
+        yield warning(NAME, found, needed, "mount a larger one; in a container: --ipc=host")
 
 
 def _gpus_of_all(told: dict[str, dict[str, Any]]) -> str:

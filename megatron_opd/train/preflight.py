@@ -88,9 +88,9 @@ def server_mistakes(config: Config) -> Iterator[OpdError]:
     engines = {server.engine for server in servers.values() if not server.urls}
     checks = {"sglang": check_engine_python, "vllm": check_vllm_python}
     placed = on_slurm(config, environment())  # which then deals out the GPUs
-    for engine in (
-        [] if placed and config.cluster.engine_image else sorted(engines)
-    ):  # the image has a Python of its own
+    if placed and config.cluster.engine_image:
+        engines = set()  # the image has a Python of its own
+    for engine in sorted(engines):
         yield from attempt(lambda e=engine: checks[e](config.engine))
     for server in servers.values():
         if server.api_key_env is not None:

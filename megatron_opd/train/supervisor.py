@@ -11,6 +11,7 @@ from os import SEEK_END
 from megatron_opd.config import Config
 from megatron_opd.errors import ProcessError
 from megatron_opd.observe.console import RunConsole
+from megatron_opd.observe.lines import banner_lines
 from megatron_opd.observe.recorder import Recorder, follow, tell_failures
 from megatron_opd.runtime.env import environment, new_token, requeued
 from megatron_opd.runtime.process import Child, adopt_orphans, stop_all
@@ -118,15 +119,17 @@ def _end_all(cluster: Cluster) -> None:
 
 
 def dry_run(config: Config) -> list[str]:
-    """What ``train`` would start, a line each: the place of every role, then every command. Nothing is started.
+    """What ``train`` would start: the facts, the place of every role, and every command. Nothing is started.
 
     Raises OpdError for all that ``train`` would refuse before it starts anything.
     """
     preflight(config)
-    cluster = find_cluster(config, environment())
-    endpoints = assign_endpoints(config, cluster)
-    lines = [f"{role:16} {place.told()}" for role, place in cluster.places.items()] or ["all processes on this machine"]
-    return lines + [shlex.join(role.argv) for role in _roles(RunDirectory(config.run_dir), config, endpoints, cluster)]
+    cluster, run = find_cluster(config, environment()), RunDirectory(config.run_dir)
+    roles = _roles(run, config, assign_endpoints(config, cluster), cluster)
+    lines = [*banner_lines(config, run), "", "places"]
+    lines += [f"  {role:16} {place.told()}" for role, place in cluster.places.items()] or ["  all on this machine"]
+    lines += ["", "commands; the environment of each also has its keys and threads"]
+    return lines + [line for role in roles for line in (f"# {role.name}", shlex.join(role.argv))]
 
 
 def _roles(run: RunDirectory, config: Config, endpoints: Endpoints, cluster: Cluster) -> list[Role]:

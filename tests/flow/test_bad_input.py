@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
-import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
 import pytest
 
-from runs import COMMAND, ROOT, TOY
+from megatron_opd.cli import app
+from megatron_opd.data.tokenizer import load_tokenizer
+
+from runs import ROOT, TOY
 
 STUDENT = ROOT / "tools" / "toy" / "models" / "student"
 GOOD_LINE = '{"prompt": "Compute 1 + 1.", "answer": "2", "domain": "math"}\n'
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What every fork below would import."""
+    import_module("megatron_opd.train.supervisor")
+    load_tokenizer(STUDENT)
+
+
+def command_line(tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of ``megatron-opd`` with these arguments, in a fork that need not import anything anew."""
+    output = tmp_path / "output.txt"
+    child = get_context("fork").Process(target=run_app, args=(output, arguments))
+    child.start()
+    child.join(120)
+    return child.exitcode, output.read_text()
+
+
+def run_app(output: Path, arguments: tuple[str, ...]) -> None:
+    os.chdir(ROOT)
+    with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        app(arguments)
+
+
 def refused(tmp_path: Path, *overrides: str, config: Path = TOY) -> str:
     """The error of a run that must be refused before any process of it starts."""
-    argv = [str(COMMAND), "train", str(config), "name=bad", f"output={tmp_path / 'runs'}", *overrides]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert not (tmp_path / "runs").exists() and "Traceback" not in done.stdout + done.stderr
+    code, text = command_line(tmp_path, "train", str(config), "name=bad", f"output={tmp_path / 'runs'}", *overrides)
+    assert code == 1, text
+    assert not (tmp_path / "runs").exists() and "Traceback" not in text
     assert not [
         process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(process.info["cmdline"])
     ]
-    return done.stdout[done.stdout.index("error: ") :]
+    return text[text.index("error: ") :]
 
 
 def prompts(tmp_path: Path, text: str) -> str:
@@ -129,10 +156,9 @@ def test_a_port_in_use(tmp_path: Path, key: str) -> None:
 
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
-    argv = [str(COMMAND), "train", str(TOY), "name=bad", f"output={tmp_path}", "existing=refuse"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1 and "The run's folder exists already" in done.stdout
-    assert str(tmp_path / "bad") in done.stdout and "existing=archive" in done.stdout
+    code, text = command_line(tmp_path, "train", str(TOY), "name=bad", f"output={tmp_path}", "existing=refuse")
+    assert code == 1 and "The run's folder exists already" in text
+    assert str(tmp_path / "bad") in text and "existing=archive" in text
     assert list((tmp_path / "bad").iterdir()) == []
 
 

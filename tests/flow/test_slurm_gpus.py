@@ -20,8 +20,8 @@ from slurm_jobs import LIMIT_S, submit
 
 from runs import ROOT, Servers
 
-GPUS = 4  # of each of the two nodes that have any
-HETEROGENEOUS = ("--nodes=1", "--exclusive", ":", "--nodes=2", "--exclusive", f"--gpus-per-node={GPUS}")
+GPUS = 3  # of each of the three nodes that have any
+HETEROGENEOUS = ("--nodes=1", "--exclusive", ":", "--nodes=3", "--exclusive", f"--gpus-per-node={GPUS}")
 ON_CPU = ["student.device=cpu", "engine.device=cpu", "student.data_parallel=2"]  # four ranks, two on each node
 APPTAINER = """\
 #!/bin/sh
@@ -35,7 +35,7 @@ exec "$@"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with cluster_or_skip(tmp_path_factory.mktemp("slurm") / "cluster", 3, gpus=GPUS) as found:
+    with cluster_or_skip(tmp_path_factory.mktemp("slurm") / "cluster", 4, gpus=GPUS) as found:
         yield found
 
 
@@ -87,11 +87,12 @@ def test_doctor_asks_every_node_of_the_job(cluster: SlurmCluster, tmp_path: Path
         assert cluster.wait_for_state(done.stdout.strip(), "COMPLETED", "FAILED", limit_s=LIMIT_S) == "FAILED"
     found = [(one["check"], one["state"], one["found"]) for one in json.loads(output.read_text())["checks"]]
     failed = {text for check, state, text in found if state == "failed"}
-    dealt = "SLURM deals out 4 GPUs, nvidia-smi shows 0"  # true: they are files
+    dealt = "SLURM deals out 3 GPUs, nvidia-smi shows 0"  # true: they are files
     assert failed == {
         f"n2: {dealt}",
         f"n3: {dealt}",
-        f"n2: port of teacher-code {port}: The port cannot be used",
+        f"n4: {dealt}",
+        f"n4: port of teacher-code {port}: The port cannot be used",
     }
     told = {check: text for check, state, text in found if state == "ok"}
     assert re.fullmatch(r"4 ranks on 2 nodes, gloo: 16\.8 MB in \d+ ms", told["all-reduce"])

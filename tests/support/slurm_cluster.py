@@ -111,18 +111,19 @@ def missing() -> str | None:
 
 
 def start_cluster(folder: Path, count: int, *, cpus: int = 2, gpus: int = 0) -> SlurmCluster:
-    """Start ``count`` virtual nodes n1, n2, ..., whose last ones have ``gpus`` GPUs that SLURM alone believes in.
+    """Start ``count`` virtual nodes n1, n2, ..., all but the first with ``gpus`` GPUs that SLURM alone believes in.
 
-    The first half of the nodes has none. Raises TimeoutError, with the controller's log, when nodes stay away.
+    Raises TimeoutError, with the controller's log, when nodes stay away.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state").mkdir()
     host, ports = socket.gethostname().split(".")[0], _free_ports(count + 1)
     names = tuple(f"n{number + 1}" for number in range(count))
-    with_gpus = names[count // 2 :] if gpus else ()
+    # A weight, so that a job's component without GPUs is not planned on a node that another component needs.
+    with_gpus = names[1:] if gpus else ()
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=4000"
-        + (f" Gres=gpu:{gpus}" if name in with_gpus else "")
+        + (f" Gres=gpu:{gpus} Weight=2" if name in with_gpus else "")
         for name, port in zip(names, ports[1:], strict=True)
     )
     for number in range(gpus):

@@ -39,6 +39,6 @@ def test_weights_and_optimizer_are_exact_and_gradients_but_for_padding(layout: s
 
 @pytest.mark.parametrize("part", ["activations", "both passes"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_activations_and_peak_are_within_10_percent(layout: str, part: str, found: dict) -> None:
+def test_activations_and_peak_are_within_15_percent(layout: str, part: str, found: dict) -> None:
     sizes = found[layout][part]
-    assert 0.9 <= sizes["planned"] / sizes["measured"] <= 1.1
+    assert 0.85 <= sizes["planned"] / sizes["measured"] <= 1.15

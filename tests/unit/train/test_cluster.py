@@ -17,6 +17,7 @@ from megatron_opd.train.cluster import ONE_MACHINE, Cluster, demands, find_clust
 from megatron_opd.train.placement import Place, place
 from megatron_opd.train.preflight import server_mistakes
 from megatron_opd.train.roles import Role, assign_endpoints, on_nodes, own_roles
+from megatron_opd.train.supervisor import dry_run
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 GPU_NODE = Node("g1", "10.0.0.1", 96, 8)
@@ -131,6 +132,23 @@ def test_outside_a_job_slurm_cannot_be_asked_for() -> None:
         find_cluster(settings("toy.yaml", "cluster.launcher=slurm"), {})
     assert find_cluster(settings("toy.yaml"), {}) is ONE_MACHINE
     assert find_cluster(settings("toy.yaml", "cluster.launcher=local"), {"SLURM_JOB_ID": "7"}) is ONE_MACHINE
+
+
+def test_a_dry_run_tells_facts_places_and_commands_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(CONF.parent)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    nodes = tuple(Node(f"n{number}", "127.0.0.1", 2, 0) for number in (1, 2, 3))
+    monkeypatch.setattr("megatron_opd.train.cluster.read_allocation", lambda _: Allocation("7", nodes))
+    lines = dry_run(settings("toy.yaml", f"output={tmp_path}"))
+    assert "  steps     40 of 32 prompts x 4 rollouts = 128, up to 80 tokens each" in lines
+    assert "  student          n1 (127.0.0.1)" in lines and "  teacher-code     n3 (127.0.0.1)" in lines
+    commands = {lines[number][2:]: lines[number + 1] for number, line in enumerate(lines) if line.startswith("# ")}
+    assert list(commands) == ["rollout", "teacher-math", "teacher-code", "coordinator", "student"]
+    assert all(command.startswith("srun --overlap ") for command in commands.values())
+    assert "--nodelist=n2" in commands["rollout"] and "megatron_opd.student worker 2" in commands["student"]
+    assert not any(tmp_path.iterdir())
 
 
 def test_gpus_and_half_given_containers_are_refused_in_a_job_all_at_once() -> None:
