@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_opd.engines.decoding import Decoder
 from megatron_opd.engines.sampling import Generation, Sampling
 from megatron_opd.records import Prompt, Rollout
 from megatron_opd.runtime.http import TransientError
@@ -48,6 +49,7 @@ class RolloutEngine:
     ) -> None:
         self.replicas = replicas
         self._tokenizer = tokenizer
+        self._decode = Decoder(tokenizer)
         self._attempts = attempts
         self._top_ids = top_ids
         self._seed = seed
@@ -97,7 +99,7 @@ class RolloutEngine:
             logprobs=generation.logprobs,
             versions=generation.versions,
             finish_reason=generation.finish_reason,
-            text=self._tokenizer.decode(generation.token_ids, skip_special_tokens=True),
+            text=self._decode(generation.token_ids),
             top_ids=generation.top_ids,
         )
 
