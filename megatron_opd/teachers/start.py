@@ -98,7 +98,8 @@ def _frozen(
 
 def _teacher(model: _Frozen) -> Teacher:
     served = {url: proven.served for url, proven in model.proven.items()}
-    return Teacher(model.name, model.replicas, model.expected.vocab_size, served)
+    caches_prompts = model.expected.server.engine == "sglang"
+    return Teacher(model.name, model.replicas, model.expected.vocab_size, served, caches_prompts)
 
 
 def _explain_padding(expected: Expected, student_vocab_size: int) -> None:
