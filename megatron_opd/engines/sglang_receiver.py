@@ -3,9 +3,9 @@
 SGLang receives a bucket into new memory, then loads it in the same thread, and only then asks for the next. Loading is
 a copy, and new memory costs as much as one: the kernel clears it. Here
 
-- the first time that a tensor comes, loading is watched (``Places.load``). Where it is nothing but one copy of the whole
-  tensor into one piece of a parameter, such as q_proj's rows of a fused qkv_proj, that piece is its place, and from then
-  on the tensor is received there;
+- the first time that a tensor comes, loading is watched (``Places.load``). Where it is nothing but one copy of the
+  whole tensor into one piece of a parameter, such as q_proj's rows of a fused qkv_proj, that piece is its place, and
+  from then on the tensor is received there;
 - what has no place (a shard of a tensor, an engine of several ranks) is received into new memory, at most
   ``WINDOW_BYTES`` of it at once, and loaded while the tensors after it are under way.
 

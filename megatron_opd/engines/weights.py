@@ -33,6 +33,9 @@ class WeightClient(SGLangClient):
     counts as failed although the weights did change.
     """
 
+    # An update must not be sent twice, and the trainer's loop stands still while it trains and gathers.
+    reuses_connections = False
+
     _brackets: bool | None = None  # whether the server has begin and end; asked for once
 
     async def tensor_parallel(self) -> int:

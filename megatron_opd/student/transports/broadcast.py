@@ -124,10 +124,10 @@ class Broadcast(Transport):
         sent: Sent,
     ) -> dict[WeightClient, OpdError]:
         under_way, layout = None, []
-        for bucket, last in buckets(weights, self._config.bucket_bytes):
+        contiguous = ((name, tensor.contiguous()) for name, tensor in weights)
+        for bucket, last in buckets(contiguous, self._config.bucket_bytes):
             if under_way is not None and (failed := await self._arrive(under_way)):
                 return failed
-            bucket = [(name, tensor.contiguous()) for name, tensor in bucket]
             layout.append(described(bucket))
             under_way = self._ask(engines, layout[-1], flush and last, version if last else None)
             for _, tensor in bucket:
@@ -292,10 +292,9 @@ def _as_expected(weights: Iterator[tuple[str, torch.Tensor]], part: WeightBucket
     expected = list(zip(part.names, part.dtypes, part.shapes, strict=True))
     number = -1
     for number, (name, tensor) in enumerate(islice(weights, len(expected))):
-        tensor = tensor.detach().contiguous()
         if (found := described([(name, tensor)])) != WeightBucket(*([value] for value in expected[number])):
             raise RefreshError("The weights are others than at the last refresh", got=found, expected=expected[number])
-        yield tensor
+        yield tensor.detach().contiguous()
     if number + 1 < len(expected):
         raise RefreshError("The weights end early", got=f"{number + 1} tensors", expected=f"{len(expected)}, as before")
 
