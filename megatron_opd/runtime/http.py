@@ -20,6 +20,7 @@ IDLE_S = 2.0
 CONNECT_S = 10.0
 READY_S = 5.0  # longest wait for an answer about readiness
 READY_BYTES = 1 << 20  # longest such answer
+READ_BYTES = 1 << 20  # of an answer that are kept unread: with aiohttp's 64 KB it stops the socket for every piece
 TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
 
 
@@ -45,6 +46,7 @@ def new_session(
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S),
         headers={"Authorization": f"Bearer {token}"} if token else None,
         trust_env=False,
+        read_bufsize=READ_BYTES,
     )
 
 

@@ -68,7 +68,8 @@ class _Bucket:
     """What one request asks for, on its way."""
 
     requests: dict[asyncio.Task, WeightClient]
-    sent: deque[tuple[torch.Tensor, dist.Work]] = field(default_factory=deque)  # tensors must live until that is done
+    # Bytes, a tensor, which must live until that is done, and its broadcast.
+    sent: deque[tuple[int, torch.Tensor, dist.Work]] = field(default_factory=deque)
 
 
 class Broadcast(Transport):
@@ -154,6 +155,8 @@ class Broadcast(Transport):
                     break
             if failed := await self._arrive(under_way):
                 return failed
+        if (more := next(weights, None)) is not None:
+            raise RefreshError("There are more weights than at the last refresh", got=more[0])
         return {}
 
     async def _has_room(self, bucket: _Bucket) -> bool:
@@ -161,11 +164,11 @@ class Broadcast(Transport):
         deadline = time.monotonic() + self._config.timeout_s
         await asyncio.sleep(0)  # for requests to leave
         while True:
-            while bucket.sent and bucket.sent[0][1].is_completed():
+            while bucket.sent and bucket.sent[0][-1].is_completed():
                 bucket.sent.popleft()
             if any(request.done() for request in bucket.requests) or time.monotonic() > deadline:
                 return False
-            if sum(tensor.nbytes for tensor, _ in bucket.sent) <= self._config.bucket_bytes:
+            if sum(size for size, _, _ in bucket.sent) <= self._config.bucket_bytes:
                 return True
             await asyncio.wait(bucket.requests, timeout=POLL_S)
 
@@ -182,8 +185,9 @@ class Broadcast(Transport):
         )
 
     def _depart(self, bucket: _Bucket, tensor: torch.Tensor) -> int:
-        bucket.sent.append((tensor, self._group.group.broadcast([tensor], _from_rank_0())))
-        return tensor.nbytes
+        size = tensor.nbytes
+        bucket.sent.append((size, tensor, self._group.group.broadcast([tensor], _from_rank_0())))
+        return size
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
         """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
@@ -193,7 +197,7 @@ class Broadcast(Transport):
             await self._break_up(failed)
 
         failed = await self._together(bucket.requests, give_up)
-        for _, work in bucket.sent if not failed else ():
+        for _, _, work in bucket.sent if not failed else ():
             work.wait()
         return failed
 
