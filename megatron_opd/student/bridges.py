@@ -19,7 +19,7 @@ def register() -> None:
     """Make mbridge's AutoBridge know them."""
     register_model("mistral")(MistralBridge)
     # For each tensor of an export mbridge asks all pipeline stages who has it, pickled, also where there is one stage:
-    # nine tenths of the time that an export takes there (docs/refresh.md).
+    # three quarters of the time that an export takes there (docs/refresh.md).
     bridge.broadcast_from_megatron_pp = _unless_one_stage(broadcast_from_megatron_pp)
     bridge.broadcast_str_from_megatron_pp = _unless_one_stage(broadcast_str_from_megatron_pp)
 
