@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 PYTHON_FILES = SOURCES + sorted((ROOT / "tools").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py"))
 
 # These run by path in a Python that is not ours, or before anything may be imported.
-RUN_BY_PATH = {"sglang_launcher.py", "forker.py", "runner.py"}
+RUN_BY_PATH = {"sglang_launcher.py", "sglang_receiver.py", "forker.py", "runner.py"}
 
 # What each part may import of the package, besides itself. Dependencies point one way.
 FOUNDATION = {"errors", "records", "config"}

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def student_config(model: Path) -> Config:
 
 async def measure(options: argparse.Namespace, folder: Path, url: str) -> None:
     from megatron_opd.student.build import build_student, init_distributed
+    from megatron_opd.student.export import hf_weights
     from megatron_opd.student.refresh import WeightRefresh
     from megatron_opd.student.transports import Place
 
@@ -101,6 +103,7 @@ async def measure(options: argparse.Namespace, folder: Path, url: str) -> None:
     student = build_student(config)
     await wait_until_ready(f"{url}/ready", 300)
     version, pair = 0, None
+    print(f"gathering alone: {1e3 * min(gathering(hf_weights(student)) for _ in range(5)):.1f} ms of CPU time")
     print(f"{'':12}{'s':>16}{'MB/s':>8}{'of bare':>9}   load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
     with ExitStack() as processes:
         for mode in options.modes:
@@ -121,6 +124,14 @@ async def measure(options: argparse.Namespace, folder: Path, url: str) -> None:
                     tell(name, values[1:], times["bare"][1:], found.bytes)  # the first meets and makes buffers
                 await refresh.close()
     dist.destroy_process_group()
+
+
+def gathering(weights: Iterator[tuple[str, torch.Tensor]]) -> float:
+    """CPU seconds."""
+    began = time.process_time()
+    for _ in weights:
+        pass
+    return time.process_time() - began
 
 
 def tell(name: str, seconds: list[float], bare_seconds: list[float], size: int) -> None:

@@ -199,6 +199,7 @@ class Loop:
                 objective.rollouts,
                 rollouts.unscored,
                 rollouts.dropped,
+                rollouts.stale,
             )
         await asyncio.to_thread(self._write_pass_rates)
 

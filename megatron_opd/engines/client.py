@@ -28,6 +28,7 @@ class EngineClient:
     """
 
     ready_path: str  # answers 200 when the server takes requests
+    reuses_connections = True
     read_answer: Callable[[bytes], object] = staticmethod(json.loads)  # of answers about tokens
 
     def __init__(
@@ -45,7 +46,10 @@ class EngineClient:
         self._images = images
         self._timeout_s, self._prompt_token_s, self._new_token_s = timeout_s, prompt_token_s, new_token_s
         self._session = new_session(
-            timeout_s=timeout_s, max_connections=max_concurrency + SPARE_CONNECTIONS, token=api_key
+            timeout_s=timeout_s,
+            max_connections=max_concurrency + SPARE_CONNECTIONS,
+            token=api_key,
+            reuse=self.reuses_connections,
         )
         self._places = asyncio.Semaphore(max_concurrency)  # of requests with tokens
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_opd.engines.decoding import Decoder
 from megatron_opd.engines.images import without_images
 from megatron_opd.engines.sampling import Generation, Sampling
 from megatron_opd.records import Image, Prompt, Rollout
@@ -57,6 +58,7 @@ class RolloutEngine:
     ) -> None:
         self.replicas = replicas
         self._tokenizer = tokenizer
+        self._decode = Decoder(tokenizer)
         self._attempts = attempts
         self._top_ids = top_ids
         self._seed = seed
@@ -111,7 +113,7 @@ class RolloutEngine:
             logprobs=generation.logprobs,
             versions=generation.versions,
             finish_reason=generation.finish_reason,
-            text=self._tokenizer.decode(generation.token_ids, skip_special_tokens=True),
+            text=self._decode(generation.token_ids),
             top_ids=generation.top_ids,
         )
 

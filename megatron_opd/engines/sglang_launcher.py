@@ -7,10 +7,12 @@ compiled ``sgl_kernel`` package (only its entry points are named; the pure torch
 operator library of torchvision, whose wheel is a CUDA build. With ``--enable-deterministic-inference`` as well it also
 stands in for SGLang's kernels of that mode, which are written in Triton: matrix products whose rows do not depend on
 the other rows of the batch, and the hash behind seeded sampling. For a multimodal model it also answers for operators
-that modules name while they are imported. On a GPU nothing is touched.
+that modules name while they are imported. And broadcast weights are received as ``sglang_receiver`` does it. On a GPU
+nothing is touched.
 """
 
 import ctypes
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
@@ -223,6 +225,37 @@ def prepare_deterministic_cpu() -> object:
     return library
 
 
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls ``then`` with the module of that name as soon as it is imported: which of SGLang's processes needs it, and
+    after which other preparations, is left to SGLang."""
+
+    def __init__(self, name: str, then) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_go_on(module):
+            execute(module)
+            self._then(module)
+
+        spec.loader.exec_module = execute_and_go_on
+        return spec
+
+
+def receive_in_place(weight_updater) -> None:
+    """Patch SGLang's module of that name with the file beside this one, which ``-P`` keeps from being imported."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sglang_receiver.py")
+    spec = importlib.util.spec_from_file_location("opd_sglang_receiver", path)
+    receiver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(receiver)
+    receiver.patch(weight_updater)
+
+
 def keep_out_of_logs(key: str) -> None:
     """SGLang logs all its arguments when it starts: put stars in the place of its bearer token."""
     make = logging.getLogRecordFactory()
@@ -242,6 +275,9 @@ _key = os.environ.get("OPD_ENGINE_KEY")  # not an argument: everyone on the mach
 if _key:
     keep_out_of_logs(_key)
 _operators = prepare_cpu() if _on_cpu else None
+if _on_cpu:
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater"
+    sys.meta_path.insert(0, AfterImport(updater, receive_in_place))
 _deterministic = prepare_deterministic_cpu() if _on_cpu and "--enable-deterministic-inference" in sys.argv else None
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from megatron_opd.runtime.http import fetch
 
 # From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
 FIRST_WITH_BRACKETS = (0, 5, 21)
+STREAM_MARK = "Streams weights."  # of ``sglang_receiver``, in the answer to joining a group
 
 PauseMode = Literal["retract", "in_place"]
 
@@ -37,6 +38,9 @@ class WeightClient(SGLangClient):
     counts as failed although the weights did change.
     """
 
+    # An update must not be sent twice, and the trainer's loop stands still while it trains and gathers.
+    reuses_connections = False
+
     _brackets: bool | None = None  # whether the server has begin and end; asked for once
 
     async def tensor_parallel(self) -> int:
@@ -47,12 +51,13 @@ class WeightClient(SGLangClient):
 
     async def join_weight_group(
         self, host: str, port: int, rank_offset: int, world_size: int, backend: str, name: str
-    ) -> None:
-        """Let the server's ranks join the process group whose rank 0 is the trainer. Returns when all have joined.
+    ) -> bool:
+        """Let the server's ranks join the process group whose rank 0 is the trainer. Returns when all have joined:
+        whether one request to it may ask for any number of tensors, because it does not keep all in memory.
 
         ``rank_offset``: rank in that group of the server's first one.
         """
-        await self._control(
+        answer = await self._control(
             "/init_weights_update_group",
             {
                 "master_address": host,
@@ -63,6 +68,7 @@ class WeightClient(SGLangClient):
                 "backend": backend,
             },
         )
+        return STREAM_MARK in str(answer.get("message"))
 
     async def leave_weight_group(self, name: str) -> None:
         await self._control("/destroy_weights_update_group", {"group_name": name})
@@ -155,10 +161,11 @@ class WeightClient(SGLangClient):
         """Take it again; for what was not released, this ends the whole server."""
         await self._post("/resume_memory_occupation", {"tags": tags})
 
-    async def _control(self, path: str, body: dict) -> None:
+    async def _control(self, path: str, body: dict) -> dict:
         """A weight endpoint: its 200 answer says whether it succeeded."""
         answer = await self._post(path, body)
         self._check(answer.get("success", True) is True, f"answer of {path}", answer, "success: true")
+        return answer
 
 
 def _outcome(flush: bool, version: int | None) -> dict[str, object]:

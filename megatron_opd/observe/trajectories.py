@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_opd.records import Calibrated, Dropped, Verified
+from megatron_opd.records import Calibrated, Dropped, Rollout, Verified
 
 STATES = ("trained", "filtered", "balanced_out", "dropped")
 """trained; kept from training by the margin mask or the sign filter; by balancing; lost to a failed teacher call."""
@@ -41,6 +41,11 @@ SCHEMA = pa.schema(
         ("offset", pa.float64()),  # what calibration added to each token
         ("outcome_term", pa.float64()),  # what other outcome rewards added to each token
         ("topk_overlap", pa.float64()),  # mean share of common tokens in the top-k rows; null without rows
+        # Null in files of runs from before these columns. Weights k have k optimizer steps behind them.
+        ("min_version", pa.int64()),  # oldest and newest weights that drew a token of this response
+        ("max_version", pa.int64()),
+        ("stale_samples", pa.int32()),  # responses of this group before this one, too old, dropped and drawn again
+        ("stale_oldest", pa.int64()),  # oldest weights of those; null where there were none
     ]
 )
 
@@ -51,14 +56,18 @@ def write_trajectories(
     calibrated: Sequence[Calibrated],
     unscored: Sequence[Verified],
     dropped: Sequence[tuple[Verified, Dropped]],
+    stale: Sequence[tuple[Rollout, Dropped]] = (),
 ) -> None:
     """Write one step's rollouts to ``path``, under a temporary name until it is complete.
 
-    unscored: what balancing dropped before scoring. Cost: one copy of the arrays.
+    unscored: what balancing dropped before scoring. stale: what was too old; it has no outcome and no row, and is
+    counted in the rows of its group. Cost: one copy of the arrays.
     """
     rows = [_scored_row(item) for item in calibrated]
     rows += [_rollout_row(item) | {"state": "balanced_out"} for item in unscored]
     rows += [_rollout_row(item) | {"state": "dropped", "reason": drop.reason} for item, drop in dropped]
+    fates = _stale_fates([rollout for rollout, _ in stale])
+    rows = [row | fates.get(row["group"], {"stale_samples": 0}) for row in rows]
     columns = {
         field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
         for field in SCHEMA
@@ -93,7 +102,17 @@ def _rollout_row(verified: Verified) -> dict[str, object]:
         "reason": verified.reason,
         "token_ids": rollout.token_ids.astype(np.int32),
         "student_logprobs": rollout.logprobs,
+        "min_version": int(rollout.versions.min()),
+        "max_version": int(rollout.versions.max()),
     }
+
+
+def _stale_fates(rollouts: Sequence[Rollout]) -> dict[int, dict[str, int]]:
+    """Columns of each group that was drawn again."""
+    oldest: dict[int, list[int]] = {}
+    for rollout in rollouts:
+        oldest.setdefault(rollout.group, []).append(int(rollout.versions.min()))
+    return {group: {"stale_samples": len(one), "stale_oldest": min(one)} for group, one in oldest.items()}
 
 
 def _scored_row(item: Calibrated) -> dict[str, object]:

@@ -20,6 +20,7 @@ IDLE_S = 2.0
 CONNECT_S = 10.0
 READY_S = 5.0  # longest wait for an answer about readiness
 READY_BYTES = 1 << 20  # longest such answer
+READ_BYTES = 1 << 20  # of an answer that are kept unread: with aiohttp's 64 KB it stops the socket for every piece
 TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
 
 
@@ -31,13 +32,21 @@ class BadReply(EngineError):
     """An answer that cannot be true, or cannot be read: it is not used, and says something about the server."""
 
 
-def new_session(*, timeout_s: float, max_connections: int = 256, token: str | None = None) -> aiohttp.ClientSession:
-    """A session for one server. ``timeout_s`` bounds one request; a connection must stand within 10 s."""
+def new_session(
+    *, timeout_s: float, max_connections: int = 256, token: str | None = None, reuse: bool = True
+) -> aiohttp.ClientSession:
+    """A session for one server. ``timeout_s`` bounds one request; a connection must stand within 10 s.
+
+    ``reuse``: whether a connection serves several requests. One that the server has given up meanwhile fails, and
+    nobody knows whether the request was done; a process whose loop stands still for seconds can meet such a one.
+    """
+    keep = {"keepalive_timeout": IDLE_S} if reuse else {"force_close": True}
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=IDLE_S),
+        connector=aiohttp.TCPConnector(limit=max_connections, **keep),
         timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S),
         headers={"Authorization": f"Bearer {token}"} if token else None,
         trust_env=False,
+        read_bufsize=READ_BYTES,
     )
 
 

@@ -42,10 +42,28 @@ def hf_weights(student: Student, *, learning: bool = False) -> Iterator[tuple[st
 def gathered_weights(bridge: Bridge, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """The same for chunks of a model, whether wrapped for training or not."""
     seen = set()
-    for name, tensor in bridge.export_weights(chunks):
+    plain = bridge.mpu.pp_size == 1 and bridge.config.num_moe_experts is None
+    for name, tensor in _one_stage(bridge, chunks) if plain else bridge.export_weights(chunks):
         if name not in seen:  # a tied embedding is on the first and on the last pipeline stage
             seen.add(name)
             yield name, tensor
+
+
+def _one_stage(bridge: Bridge, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """``bridge.export_weights`` of a dense model whose layers are all here.
+
+    For each tensor mbridge asks all pipeline stages who has it, pickled, also where there is one stage: nine tenths of
+    the time that an export takes there (docs/refresh.md).
+    """
+    for name, weight in (named for chunk in chunks for named in chunk.named_parameters()):
+        parts: torch.Tensor | list[torch.Tensor] = weight
+        if getattr(weight, "tensor_model_parallel", False):
+            parts = [weight]
+            if bridge.mpu.tp_size > 1:
+                parts = [torch.empty_like(weight) for _ in range(bridge.mpu.tp_size)]
+                dist.all_gather(parts, weight, group=bridge.mpu.tp_group)
+            parts = bridge._weight_merge_across_tp(name, parts, weight)
+        yield from zip(*bridge._weight_to_hf_format(name, parts), strict=True)
 
 
 def export_hf(student: Student, source_folder: Path, out_folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +79,10 @@ class ShardedFiles:
             start, end = end, end + math.prod(shape) * self._dtype.itemsize
             header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
             ends[name] = start
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        first = 8 + len(text)
+        beginning = _encoded(header)
+        first = len(beginning)
         with (self._folder / file).open("wb") as handle:
-            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.write(beginning)
             handle.truncate(first + end)
         self._places |= {name: _Place(file, first + start, tuple(shapes[name])) for name, start in ends.items()}
 
@@ -91,6 +90,27 @@ class ShardedFiles:
         weight_map = {name: place.file for name, place in self._places.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """One file of tensors of any device and precision, each out of the memory it is in: safetensors' own way makes two
+    copies first, which take longer than the writing. Raises OSError."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    tensors, end = list(tensors), 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        kind = next(name for name, ours in DTYPE_NAMES.items() if getattr(torch, ours) == tensor.dtype)
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    with path.open("wb") as file:
+        file.write(_encoded(header))
+        for _, tensor in tensors:
+            file.write(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _encoded(header: dict[str, object]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> list[list[str]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -26,6 +29,7 @@ class Teacher:
     leaves_out_images: bool = False  # of what it is asked, with their tokens
     lacking: frozenset[int] = frozenset()  # the student's ids that its tokenizer does not have
     placeholders: frozenset[int] = frozenset()  # ids at which its servers look for an image or a video
+    caches_prompts: bool = False  # whether a server takes a prompt that it has computed out of its cache when it scores
 
 
 class TeacherPool:
@@ -51,6 +55,8 @@ class TeacherPool:
         self._attempts = attempts
         self._top_k = top_k
         self._student_vocab_size = student_vocab_size
+        # Set when the first sample of a group has been answered; forgotten when nobody waits any longer.
+        self._first: WeakValueDictionary[tuple[int, int], asyncio.Event] = WeakValueDictionary()
 
     @property
     def pools(self) -> list[ReplicaPool[ScoringClient]]:
@@ -82,10 +88,33 @@ class TeacherPool:
                 return scores
 
             # The key keeps the samples of a group together: one replica's cache then holds their prompt.
-            return await teacher.replicas.call(rollout.group, len(request.token_ids), self._attempts, ask)
+            async with self._after_the_first(teacher, rollout):
+                return await teacher.replicas.call(rollout.group, len(request.token_ids), self._attempts, ask)
         except EngineError as error:
             prompt = rollout.prompt
             return Dropped(prompt.id, prompt.domain, "score", f"{teacher.domain}: {error}", error.kind)
+
+    @asynccontextmanager
+    async def _after_the_first(self, teacher: Teacher, rollout: Rollout) -> AsyncIterator[None]:
+        """Let one sample of a group go first, and the others when it is answered, whatever the answer.
+
+        Samples of a group often end together, and what reaches a server together is computed together, each with the
+        prompt of its own. Only where the prompt is at least as long as the response: there a group that is scored in
+        two turns takes less of the server than one in which each computes its prompt.
+        """
+        if not teacher.caches_prompts or len(rollout.prompt.token_ids) < len(rollout.token_ids):
+            yield
+            return
+        key = id(teacher), rollout.group
+        if (first := self._first.get(key)) is not None:
+            await first.wait()
+            yield
+            return
+        first = self._first[key] = asyncio.Event()
+        try:
+            yield
+        finally:
+            first.set()
 
     def _check_top_ids(self, client: ScoringClient, scores: Scores) -> None:
         largest = -1 if scores.top is None else int(scores.top.ids.max())

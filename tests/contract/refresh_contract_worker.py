@@ -48,6 +48,7 @@ async def main() -> None:
             stack.push_async_callback(engine.close)
         for version, mode in enumerate(("broadcast", "disk", "tensor"), 1):
             found[mode] = await push_once(student, engines, mode, version, Path(work))
+        found["stream"] = await push_once(student, engines, "broadcast", 5, Path(work), again=True)
         for version, pause in enumerate(("retract", "in_place"), 10):
             found[pause] = await in_flight(student, engines[0], pause, version, Path(work))
         found["memory"] = await memory(engines[0])
@@ -68,16 +69,24 @@ def connect(engines: list[WeightClient], mode: str, work: Path, pause: str = "no
     return WeightRefresh.connect(config, engines, Place("127.0.0.1", free_port(), work / "weights"), 512)
 
 
-async def push_once(student: Student, engines: list[WeightClient], mode: str, version: int, work: Path) -> dict:
+async def push_once(
+    student: Student, engines: list[WeightClient], mode: str, version: int, work: Path, *, again: bool = False
+) -> dict:
+    """``again``: other weights before, over the same connection."""
     change(student, version)
     refresh = connect(engines, mode, work)
+    if again:
+        await refresh.push(student, version - 1)
+        change(student, version - 1)
     refreshed = await refresh.push(student, version)
+    streams = again and refresh._transport._group.streams
     await refresh.close()
     return {
         "live": list(refreshed.live),
         "out": refreshed.out,
         "difference": refreshed.probe_difference,
         "bytes": refreshed.bytes,
+        "streamed": streams,
         "versions": [await engine.weight_version() for engine in engines],
         "sizes": [await engine.tensor_parallel() for engine in engines],
     }

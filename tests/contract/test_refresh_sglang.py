@@ -83,6 +83,13 @@ def test_every_way_reaches_engines_of_one_and_two_ranks(found: dict, mode: str) 
     assert refresh["difference"] <= TOLERANCE and refresh["bytes"] > 1_000_000
 
 
+def test_a_stream_reaches_engines_of_one_and_two_ranks(found: dict) -> None:
+    """The second broadcast: in one engine all tensors have a place, in the other the norms alone."""
+    stream = found["stream"]
+    assert stream["streamed"] and stream["versions"] == ["5"] * 2 and len(stream["live"]) == 2
+    assert stream["difference"] <= TOLERANCE and stream["bytes"] == found["broadcast"]["bytes"]
+
+
 @pytest.mark.parametrize("pause", ["retract", "in_place"])
 def test_a_response_under_way_goes_on_with_the_new_weights(found: dict, pause: str) -> None:
     flight = found[pause]

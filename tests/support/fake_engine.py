@@ -22,12 +22,14 @@ from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
+from megatron_opd.engines.weights import STREAM_MARK
 from megatron_opd.runtime.process import die_with_parent
 
 
 @dataclass
 class FakeEngine:
-    """One server. ``fault`` is what goes wrong, once, at bucket number ``at`` (1 is the first of the server's life).
+    """One server. ``fault`` is what goes wrong, once, at bucket number ``at`` (1 is the first of the server's life; 0:
+    the first of its second update).
 
     refuse: answer that it failed, without receiving; die: kill itself; hang: stop itself; flush: take the weights, but
     say that the flush was refused; version: keep the old version's name; logprobs: answer the probe with others; join:
@@ -38,6 +40,7 @@ class FakeEngine:
     fault: str = ""
     at: int = 2
     release: str = "0.5.21"
+    streams: bool = False  # whether it says that one request may ask for the whole model
     checksum: str | None = None
     image_side: int = 0  # pixels of the side of what one placeholder stands for
     version: str = "default"
@@ -76,7 +79,7 @@ class FakeEngine:
         self._fault_here("join", signal.SIGKILL)
         arguments = (body["master_address"], body["master_port"], body["rank_offset"], body["world_size"])
         self.groups[body["group_name"]] = await asyncio.to_thread(join, body["group_name"], *arguments)
-        return succeeded()
+        return succeeded(f"Success {STREAM_MARK if self.streams else ''}")
 
     async def destroy_weights_update_group(self, body: dict) -> web.Response:
         group = self.groups.pop(body["group_name"], None)
@@ -101,7 +104,7 @@ class FakeEngine:
 
     async def update_weights_from_distributed(self, body: dict) -> web.Response:
         self.buckets += 1
-        if self.buckets == self.at:
+        if self._is_now:
             self._fault_here("die", signal.SIGKILL)
             self._fault_here("hang", signal.SIGSTOP)
         if not self.is_open and self.release >= "0.5.21":
@@ -192,9 +195,13 @@ class FakeEngine:
         save_file(self.weights, self.folder / "received.safetensors")
         return succeeded()
 
+    @property
+    def _is_now(self) -> bool:
+        return self.version != "default" if self.at == 0 else self.buckets == self.at
+
     def _has(self, fault: str, *, at_any: bool = False) -> bool:
         """Whether the fault happens now; it happens once."""
-        now = self.fault == fault and (at_any or self.buckets == self.at)
+        now = self.fault == fault and (at_any or self._is_now)
         if now and fault != "logprobs":
             self.fault = ""
         return now
@@ -204,8 +211,8 @@ class FakeEngine:
             os.kill(os.getpid(), number)
 
 
-def succeeded() -> web.Response:
-    return web.json_response({"success": True, "message": "Success"})
+def succeeded(message: str = "Success") -> web.Response:
+    return web.json_response({"success": True, "message": message})
 
 
 def failed(message: str) -> web.Response:

@@ -91,6 +91,15 @@ def described(bucket: NamedTensors) -> WeightBucket:
     )
 
 
+def joined(parts: Sequence[WeightBucket]) -> WeightBucket:
+    """One description of what several describe."""
+    names, dtypes, shapes = (
+        [value for part in values for value in part]
+        for values in zip(*((part.names, part.dtypes, part.shapes) for part in parts), strict=True)
+    )
+    return WeightBucket(names, dtypes, shapes)
+
+
 async def each(
     engines: Iterable[WeightClient], call: Callable[[WeightClient], Awaitable[object]]
 ) -> dict[WeightClient, OpdError]:

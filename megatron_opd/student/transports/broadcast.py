@@ -4,6 +4,10 @@ A tensor goes out of the memory it is in and arrives in memory of its own, witho
 concatenating buckets costs more than sending many tensors. The next bucket is gathered from the trainer's ranks while
 the present one is on its way.
 
+Where all engines can take a stream (``engines/sglang_receiver.py``), one request asks for as much as
+``STREAM_BUCKETS`` buckets, and tensors follow each other as they are gathered. What will come is known from the update
+before.
+
 The engines of a group share one fate: when one of them fails, the group is dead, and all others have to be sent
 everything again, in a new one.
 """
@@ -13,9 +17,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -26,23 +33,25 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from megatron_opd.engines.weights import WeightClient
+from megatron_opd.engines.weights import WeightBucket, WeightClient
 from megatron_opd.errors import EngineError, OpdError, RefreshError
 from megatron_opd.runtime.http import TransientError
 from megatron_opd.student.transports.base import (
     DEPARTURE_S,
-    NamedTensors,
     Sent,
     Transport,
     buckets,
     described,
     each,
+    joined,
     soon,
 )
 
 Parting = Callable[[Iterable[WeightClient]], Awaitable[None]]
 
 PARTING_S = 10.0  # for an engine to notice that its group is dead
+STREAM_BUCKETS = 16  # for which one request asks: it bounds what one answer takes
+POLL_S = 0.001  # between two looks at what is on its way
 
 
 @dataclass(frozen=True)
@@ -51,16 +60,16 @@ class _Group:
     members: tuple[WeightClient, ...]
     store: dist.TCPStore
     group: dist.ProcessGroup
+    streams: bool  # whether every member takes a stream
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """One bucket on its way."""
+    """What one request asks for, on its way."""
 
-    bytes: int
     requests: dict[asyncio.Task, WeightClient]
-    works: list[dist.Work]
-    tensors: NamedTensors  # must live until the works are done
+    # Bytes, a tensor, which must live until that is done, and its broadcast.
+    sent: deque[tuple[int, torch.Tensor, dist.Work]] = field(default_factory=deque)
 
 
 class Broadcast(Transport):
@@ -69,6 +78,7 @@ class Broadcast(Transport):
     _group: _Group | None = None
     _stale = False  # whether some member no longer knows the group
     _dead: tuple[str, ...] = ()  # names of groups that broke: their members may still hold what is left of them
+    _layout: tuple[WeightBucket, ...] = ()  # of a whole update, for streams; empty before the first
 
     async def send(
         self, engines: Sequence[WeightClient], weights: Iterator[tuple[str, torch.Tensor]], version: int, *, flush: bool
@@ -76,7 +86,9 @@ class Broadcast(Transport):
         sent = Sent()
         try:
             failed = await self._meet(engines) or await each(engines, WeightClient.begin_weight_update)
-            failed = failed or await self._send_buckets(engines, weights, version, flush, sent)
+            if not failed:
+                way = self._stream if self._group.streams and self._layout else self._send_buckets
+                failed = await way(engines, weights, version, flush, sent)
             failed = failed or await each(engines, WeightClient.end_weight_update)
         except BaseException:
             self._drop()
@@ -112,37 +124,80 @@ class Broadcast(Transport):
         flush: bool,
         sent: Sent,
     ) -> dict[WeightClient, OpdError]:
-        under_way = None
-        for bucket, last in buckets(weights, self._config.bucket_bytes):
+        under_way, layout = None, []
+        contiguous = ((name, tensor.contiguous()) for name, tensor in weights)
+        for bucket, last in buckets(contiguous, self._config.bucket_bytes):
             if under_way is not None and (failed := await self._arrive(under_way)):
                 return failed
-            under_way = self._depart(engines, bucket, flush and last, version if last else None)
-            sent.bytes += under_way.bytes
+            layout.append(described(bucket))
+            under_way = self._ask(engines, layout[-1], flush and last, version if last else None)
+            for _, tensor in bucket:
+                sent.bytes += self._depart(under_way, tensor)
             if not last:
                 await asyncio.wait(under_way.requests, timeout=DEPARTURE_S)
+        self._layout = tuple(joined(layout[i : i + STREAM_BUCKETS]) for i in range(0, len(layout), STREAM_BUCKETS))
         return await self._arrive(under_way)
 
-    def _depart(
-        self, engines: Sequence[WeightClient], bucket: NamedTensors, flush: bool, version: int | None
+    async def _stream(
+        self,
+        engines: Sequence[WeightClient],
+        weights: Iterator[tuple[str, torch.Tensor]],
+        version: int,
+        flush: bool,
+        sent: Sent,
+    ) -> dict[WeightClient, OpdError]:
+        for part in self._layout:
+            last = part is self._layout[-1]
+            under_way = self._ask(engines, part, flush and last, version if last else None)
+            for tensor in _as_expected(weights, part):
+                sent.bytes += self._depart(under_way, tensor)
+                if not await self._has_room(under_way):
+                    break
+            if failed := await self._arrive(under_way):
+                return failed
+        if (more := next(weights, None)) is not None:
+            raise RefreshError("There are more weights than at the last refresh", got=more[0])
+        return {}
+
+    async def _has_room(self, bucket: _Bucket) -> bool:
+        """Wait until no more than a bucket's bytes are on their way; False: an engine has answered before the end."""
+        deadline = time.monotonic() + self._config.timeout_s
+        await asyncio.sleep(0)  # for requests to leave
+        while True:
+            while bucket.sent and bucket.sent[0][-1].is_completed():
+                bucket.sent.popleft()
+            if any(request.done() for request in bucket.requests) or time.monotonic() > deadline:
+                return False
+            if sum(size for size, _, _ in bucket.sent) <= self._config.bucket_bytes:
+                return True
+            await asyncio.wait(bucket.requests, timeout=POLL_S)
+
+    def _ask(
+        self, engines: Sequence[WeightClient], description: WeightBucket, flush: bool, version: int | None
     ) -> _Bucket:
-        bucket = [(name, tensor.contiguous()) for name, tensor in bucket]
-        name, description = self._group.name, described(bucket)
-        works = [self._group.group.broadcast([tensor], _from_rank_0()) for _, tensor in bucket]
-        requests = {
-            asyncio.create_task(engine.receive_bucket(description, name, flush=flush, version=version)): engine
-            for engine in engines
-        }
-        return _Bucket(sum(tensor.nbytes for _, tensor in bucket), requests, works, bucket)
+        """Let the engines wait for what is described."""
+        name = self._group.name
+        return _Bucket(
+            {
+                asyncio.create_task(engine.receive_bucket(description, name, flush=flush, version=version)): engine
+                for engine in engines
+            }
+        )
+
+    def _depart(self, bucket: _Bucket, tensor: torch.Tensor) -> int:
+        size = tensor.nbytes
+        bucket.sent.append((size, tensor, self._group.group.broadcast([tensor], _from_rank_0())))
+        return size
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
         """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
 
         async def give_up(failed: Iterable[WeightClient]) -> None:
-            bucket.works.clear()  # each keeps the connections open
+            bucket.sent.clear()  # each work keeps the connections open
             await self._break_up(failed)
 
         failed = await self._together(bucket.requests, give_up)
-        for work in bucket.works if not failed else ():
+        for _, _, work in bucket.sent if not failed else ():
             work.wait()
         return failed
 
@@ -172,7 +227,8 @@ class Broadcast(Transport):
 
         failed = await self._together(joining, close_store, opening)
         if not failed:
-            self._group = _Group(name, tuple(engines), meeting.pop(), opening.result())
+            streams = all(request.result() for request in joining)
+            self._group = _Group(name, tuple(engines), meeting.pop(), opening.result(), streams)
         return failed
 
     async def _together(
@@ -233,6 +289,18 @@ def _open_group(name: str, backend: str, host: str, port: int, world: int, timeo
     )
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}  # destroy_process_group looks for it
     return group
+
+
+def _as_expected(weights: Iterator[tuple[str, torch.Tensor]], part: WeightBucket) -> Iterator[torch.Tensor]:
+    """The next tensors, which the engines wait for. Raises RefreshError when others come."""
+    expected = list(zip(part.names, part.dtypes, part.shapes, strict=True))
+    number = -1
+    for number, (name, tensor) in enumerate(islice(weights, len(expected))):
+        if (found := described([(name, tensor)])) != WeightBucket(*([value] for value in expected[number])):
+            raise RefreshError("The weights are others than at the last refresh", got=found, expected=expected[number])
+        yield tensor.detach().contiguous()
+    if number + 1 < len(expected):
+        raise RefreshError("The weights end early", got=f"{number + 1} tensors", expected=f"{len(expected)}, as before")
 
 
 def _first_error(tasks: Iterable[asyncio.Task]) -> BaseException | None:

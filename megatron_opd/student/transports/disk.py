@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import RefreshError
+from megatron_opd.student.shards import write_safetensors
 from megatron_opd.student.transports.base import NamedTensors, Sent, Transport, buckets, each
 
 logger = logging.getLogger(__name__)
@@ -79,10 +78,9 @@ def _write_bucket(path: Path, bucket: NamedTensors, before: int) -> int:
     if size > free:
         raise _full(path, size, free, before)
     try:
-        # A copy where memory is shared, which safetensors refuses: with each other, or with what is beside a slice.
-        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in bucket}, path)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        write_safetensors(path, bucket)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
             raise _full(path, size, shutil.disk_usage(path.parent).free, before) from error
         raise RefreshError("The new weights cannot be written", where=path, got=error) from error
     return size

@@ -125,6 +125,11 @@ def test_what_is_too_old_is_dropped_counted_and_drawn_again(tmp_path: Path) -> N
     generated = 4 * 4 * GROUPS * STEPS  # tokens x samples
     assert world.loop.progress.totals.generated == generated + 32
     assert world.loop.progress.totals.sampled == generated
+    for row in read_trajectories(world.run.trajectories).to_pylist():
+        again = row["prompt_id"] == victim
+        assert (row["stale_samples"], row["stale_oldest"]) == ((8, 0) if again else (0, None))
+        # Weights k are those that step k + 1 trains; this run is at most one step late.
+        assert row["step"] - 2 <= row["min_version"] <= row["max_version"] <= row["step"] - 1
 
 
 @pytest.mark.parametrize(("staleness", "attempts"), [(0, 1), (1, STALE_ATTEMPTS)])

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.engines.token_rows import FIELDS, TokenRows, parse_answer, split_rows
@@ -27,6 +27,7 @@ replies = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(replies, st.booleans(), st.booleans())
 def test_an_answer_is_what_json_reads(replies: list, single: bool, spaced: bool) -> None:
     answer = replies[0] if single else replies

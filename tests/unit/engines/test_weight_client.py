@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,10 @@ from aiohttp.test_utils import TestServer
 from fake_engine import FakeEngine
 
 from megatron_opd.engines.memory import MemoryOccupation
+from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.engines.weights import WeightBucket, WeightClient
 from megatron_opd.errors import EngineError
+from megatron_opd.runtime.http import TransientError
 
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
 
@@ -141,3 +146,48 @@ async def test_an_engine_that_was_started_again_holds_its_memory(serve, fault: s
     await memory.release(["weights"])
     await memory.resume(["weights"])
     assert asked_of_memory(fake) == ["/release", "/release", "/resume"] and fake.released == set()
+
+
+class Hasty(BaseHTTPRequestHandler):
+    """Answers, and gives the connection up without a word soon afterwards, as uvicorn does after 5 s."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 0.1
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hasty() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hasty)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+async def test_no_update_meets_a_connection_that_the_server_has_given_up(hasty: str) -> None:
+    """While the trainer's loop stood still, and could not hear of it."""
+
+    async def post_twice(kind: type[SGLangClient]) -> None:
+        client = kind(hasty, timeout_s=5, max_concurrency=4)
+        try:
+            await client._post("/begin_weight_update", {})
+            time.sleep(0.5)
+            await client._post("/end_weight_update", {})
+        finally:
+            await client.close()
+
+    with pytest.raises(TransientError, match="did not answer"):
+        await post_twice(SGLangClient)
+    await post_twice(WeightClient)

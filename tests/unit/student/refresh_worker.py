@@ -29,6 +29,7 @@ from megatron_opd.student.refresh import WeightRefresh
 from megatron_opd.student.transports import Place, base, broadcast
 
 BUCKET = 40_000  # bytes: several for each of these models
+RECEIVE = "/update_weights_from_distributed"
 TOLERANCE = 50.0  # of the fake's log-probs: -1 passes, -100 does not
 
 RefreshConfig.bucket_bytes = property(lambda config: BUCKET)
@@ -49,7 +50,7 @@ def run_layout(work: Path, name: str, sizes: dict[str, Any], mode: str) -> None:
     kind = kinds_of(name)[0]
     folder = work / name
     folder.mkdir(exist_ok=True)
-    forked = ForkedEngine(FakeEngine(folder)) if os.environ["RANK"] == "0" else None
+    forked = ForkedEngine(FakeEngine(folder, streams=True)) if os.environ["RANK"] == "0" else None
     config = make_config(work / kind, **sizes)
     init_distributed(config.student, seed=0, timeout_s=200)
     student = build_student(config)
@@ -66,6 +67,7 @@ async def send_twice(student: Student, folder: Path, forked: ForkedEngine | None
             engines = [await started(stack, forked, free_port())]
         refresh = connect(engines, mode, folder)
         await refresh.push(student, 3)
+        first = (await calls_of(engines[0])).count(RECEIVE) if forked else 0
         for chunk in student.model:
             for parameter in chunk.parameters():
                 parameter.data.mul_(2.0)
@@ -73,7 +75,8 @@ async def send_twice(student: Student, folder: Path, forked: ForkedEngine | None
         if forked:
             await engines[0]._post("/save", {})
             version = await engines[0].weight_version()
-            (folder / "found.json").write_text(json.dumps([version, found.bytes, list(found.live)]))
+            requests = [first, (await calls_of(engines[0])).count(RECEIVE) - first]
+            (folder / "found.json").write_text(json.dumps([version, found.bytes, list(found.live), requests]))
         await refresh.close()
 
 
@@ -123,9 +126,11 @@ async def run_fault(
     engines: list[dict],
     mode: str,
     back_after_s: float = -1.0,
+    replaced: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Two refreshes; between them, or ``back_after_s`` into the first, the spare engine takes the first one's port."""
+    """Two refreshes; between them, or ``back_after_s`` into the first, the spare engine takes the first one's port,
+    unless nothing is ``replaced``."""
     async with AsyncExitStack() as stack:
         ports = [free_port() for _ in engines]
         clients = [await started(stack, *pair) for pair in zip(forked, ports, strict=False)]
@@ -146,7 +151,9 @@ async def run_fault(
                     await client._post("/save", {})
             await refresh.borrow_memory(student)
             result["calls"] = [await calls_of(client) for client in clients]
-            if back_after_s < 0:
+            if not replaced:
+                pass
+            elif back_after_s < 0:
                 await replace_first()
                 await wait_until_ready(f"{clients[0].url}/ready", 30)
             else:

@@ -29,6 +29,7 @@ CASES = {
 }
 HEALTHY: dict[str, Any] = {}
 BROADCAST = {"mode": "broadcast"}
+STREAMS = {"streams": True, "at": 0}
 FAULTS = {
     "well": {"engines": [HEALTHY, HEALTHY], **BROADCAST},
     "old": {"engines": [{"release": "0.5.20"}, HEALTHY], **BROADCAST},
@@ -44,6 +45,11 @@ FAULTS = {
     "only_dies": {"engines": [{"fault": "die"}], **BROADCAST, "back_after_s": 2.0},
     "only_gone": {"engines": [{"fault": "die"}], **BROADCAST, "recovery_s": 1},
     "only_wrong": {"engines": [{"fault": "logprobs"}], **BROADCAST},
+    "stream": {"engines": [STREAMS, STREAMS], **BROADCAST, "replaced": False},
+    "stream_refused": {"engines": [{**STREAMS, "fault": "refuse"}, STREAMS], **BROADCAST, "replaced": False},
+    "stream_dies": {"engines": [{**STREAMS, "fault": "die"}, STREAMS], **BROADCAST, "replaced": False},
+    "stream_hangs": {"engines": [{**STREAMS, "fault": "hang"}, STREAMS], **BROADCAST, "replaced": False},
+    "half_streams": {"engines": [STREAMS, HEALTHY], **BROADCAST, "replaced": False},
     "file_refused": {"engines": [{"fault": "refuse", "at": 1}, HEALTHY], "mode": "disk"},
     "memory_refused": {"engines": [{"fault": "refuse"}, HEALTHY], "mode": "tensor"},
     "colocated": {"engines": [HEALTHY, HEALTHY, {"fault": "memory"}], "mode": "tensor", "colocated": True},
@@ -95,9 +101,12 @@ def test_an_engine_receives_the_model_of_any_layout_to_the_bit(layouts: None, wo
     """Also what has changed since the first time, under Hugging Face names, without the padding."""
     model = work / kinds_of(layout)[0]
     assert_equal_to_the_bit(work / layout, model, factor=2.0)
-    version, size, live = json.loads((work / layout / "found.json").read_text())
+    version, size, live, requests = json.loads((work / layout / "found.json").read_text())
     assert version == "4" and len(live) == 1
     assert size == sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    if CASES[layout] == "broadcast":  # this engine takes streams: one request for what were up to 16 buckets
+        first, second = requests
+        assert first > 1 and second == -(-first // 16)
 
 
 def test_old_versions_are_removed_when_the_new_one_is_taken(layouts: None, work: Path) -> None:
@@ -128,6 +137,26 @@ def test_an_engine_that_fails_is_out_and_the_others_go_on(faults: dict, work: Pa
 def test_an_engine_that_was_started_again_is_live_after_the_next_refresh(faults: dict, name: str) -> None:
     found = faults[name]
     assert sorted(found["second"].live) == sorted(found["urls"]) and found["second"].out == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "fewer"),
+    [
+        ("stream", [], True),
+        ("half_streams", [], False),
+        ("stream_refused", [], True),
+        ("stream_dies", [0], True),
+        ("stream_hangs", [0], True),
+    ],
+)
+def test_after_the_first_refresh_engines_that_can_take_a_stream(
+    faults: dict, name: str, out: list[int], fewer: bool
+) -> None:
+    found, update = faults[name], "/update_weights_from_distributed"
+    assert found["first"].live == tuple(found["urls"])
+    assert list(found["second"].out) == [found["urls"][number] for number in out]
+    before, both = (found[calls][1].count(update) for calls in ("calls", "later_calls"))
+    assert (both - before < before) == fewer
 
 
 def test_brackets_are_where_the_release_has_them(faults: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 from fake_scorer import (
@@ -113,3 +114,49 @@ async def test_a_likely_token_that_the_student_does_not_have_is_a_drop() -> None
     result = await pool(FakeScorer(reply_with_rows()), top_k=3, vocab=largest).score(verified())
     assert isinstance(result, Dropped) and "not in the student's vocabulary" in result.reason
     assert isinstance(await pool(FakeScorer(reply_with_rows()), top_k=3, vocab=largest + 1).score(verified()), Scored)
+
+
+class HeldScorer(FakeScorer):
+    """Answers when it is let."""
+
+    def __init__(self, *replies: object) -> None:
+        super().__init__(*replies)
+        self.asked, self.go = 0, asyncio.Event()
+
+    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+        self.asked += 1
+        await self.go.wait()
+        return await super().prompt_logprobs(token_ids, start, top_k)
+
+
+async def asked_at_first(client: HeldScorer, *groups: int, caches: bool = True, prompt: int = 3) -> tuple[int, list]:
+    """Requests of these groups' samples that are sent before the first answer; and what became of all."""
+    pool = TeacherPool(
+        [Teacher("math", pool_of(client), VOCAB, {}, caches)], 1, reference=None, top_k=0, student_vocab_size=VOCAB
+    )
+    item = verified()
+    item = replace(
+        item, rollout=replace(item.rollout, prompt=replace(item.rollout.prompt, token_ids=(5, 6, 7)[-prompt:]))
+    )
+    items = [replace(item, rollout=replace(item.rollout, group=group)) for group in groups]
+    scoring = asyncio.gather(*map(pool.score, items))
+    await asyncio.sleep(0.01)
+    asked = client.asked
+    client.go.set()
+    return asked, await asyncio.wait_for(scoring, 10)
+
+
+async def test_one_sample_of_each_group_goes_first_and_its_failure_holds_nobody_back() -> None:
+    client = HeldScorer(TransientError("503"), *[good_reply() for _ in range(4)])
+    asked, found = await asked_at_first(client, 1, 2, 1, 2, 1)
+    assert asked == 2 and client.asked == 5
+    assert [type(one) for one in found] == [Dropped, *[Scored] * 4]
+
+
+async def test_nothing_is_held_back_where_it_gains_nothing() -> None:
+    """A server without a cache of prompts, and a response that is longer than its prompt."""
+    replies = [good_reply() for _ in range(3)]
+    assert (await asked_at_first(HeldScorer(*replies), 1, 1, 1, caches=False))[0] == 3
+    shorter = [good_reply(prompt_tokens=5, cached_tokens=1) for _ in range(3)]
+    asked, found = await asked_at_first(HeldScorer(*shorter), 1, 1, 1, prompt=2)
+    assert asked == 3 and all(isinstance(one, Scored) for one in found)
