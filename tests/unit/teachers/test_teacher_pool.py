@@ -123,16 +123,16 @@ class HeldScorer(FakeScorer):
         super().__init__(*replies)
         self.asked, self.go = 0, asyncio.Event()
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0, images: tuple = ()) -> dict:
         self.asked += 1
         await self.go.wait()
-        return await super().prompt_logprobs(token_ids, start, top_k)
+        return await super().prompt_logprobs(token_ids, start, top_k, images)
 
 
 async def asked_at_first(client: HeldScorer, *groups: int, caches: bool = True, prompt: int = 3) -> tuple[int, list]:
     """Requests of these groups' samples that are sent before the first answer; and what became of all."""
     pool = TeacherPool(
-        [Teacher("math", pool_of(client), VOCAB, {}, caches)], 1, reference=None, top_k=0, student_vocab_size=VOCAB
+        [Teacher("math", pool_of(client), VOCAB, {}, caches_prompts=caches)], 1, reference=None, top_k=0, student_vocab_size=VOCAB
     )
     item = verified()
     item = replace(
