@@ -46,8 +46,9 @@ class SeeingScorer(HonestScorer):
             expanded[first], expanded[end] = expanded[end], expanded[first]
         return expanded
 
-    def echoed(self, token_ids: list[int]) -> list[int]:
-        return [0 if token == VISION.image_token else token for token in token_ids]
+    def echoed(self, body: dict, token_ids: list[int]) -> list[int]:
+        hidden = VISION.image_token if "image_data" in body else None
+        return [0 if token == hidden else token for token in token_ids]
 
     def account(self, body: dict) -> dict:
         if "image_data" not in body:
