@@ -31,7 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, counts: list[int]) -> list[int]:
-    """Token ids of a prompt up to where the assistant speaks; each mark becomes ``counts`` placeholders of its image."""
+    """Token ids of a prompt up to where the assistant speaks; each mark becomes as many placeholders as ``counts`` says."""
     text, *rest = prompt.split(MARK)
     parts: list[dict[str, str]] = [{"type": "text", "text": text}]
     for text in rest:
