@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_opd.audit.diagnose import Violation
 from megatron_opd.audit.heatmap import Heat, TokenTexts, heat, visible
+from megatron_opd.audit.pictures import Pictures, Shown
 from megatron_opd.audit.read import Rollouts
 
 STATES = {
@@ -43,12 +44,18 @@ class Card:
     group: int
     prompt_id: str
     prompt: str
+    pictures: list[Shown]
     answer: str
     sides: tuple[Side, Side]  # wrong, right
 
 
 def cards(
-    found: Sequence[Violation], rollouts: Rollouts, rows: dict[int, dict], texts: TokenTexts, limit: float
+    found: Sequence[Violation],
+    rollouts: Rollouts,
+    rows: dict[int, dict],
+    texts: TokenTexts,
+    pictures: Pictures,
+    limit: float,
 ) -> list[Card]:
     """``rows``: all columns of the rollouts, by index; ``limit``: value of the strongest colour."""
     return [
@@ -59,6 +66,7 @@ def cards(
             group=rows[item.wrong]["group"],
             prompt_id=visible(rows[item.wrong]["prompt_id"]),
             prompt=visible(rows[item.wrong]["prompt"]),
+            pictures=pictures(rows[item.wrong]["images"]),
             answer=visible(rows[item.wrong]["answer"]),
             sides=tuple(
                 _side(index, rollouts, rows[index], heat(rows[index], texts, limit))

@@ -16,6 +16,7 @@ from megatron_opd.audit.diagnose import Diagnosis, diagnose
 from megatron_opd.audit.findings import Finding, findings
 from megatron_opd.audit.heatmap import TokenTexts, colour_limit
 from megatron_opd.audit.page import facts, render
+from megatron_opd.audit.pictures import Pictures
 from megatron_opd.audit.read import Rollouts, fetch, read_rollouts, trajectory_files
 from megatron_opd.config import Config, load_config
 from megatron_opd.errors import ConfigError, DataError
@@ -55,7 +56,7 @@ def audit(folder: Path, out: Path | None = None) -> Report:
     found = findings(diagnosis, rollouts, config)
     rows = fetch(files, rollouts, [index for item in diagnosis.violations for index in (item.wrong, item.right)])
     limit = colour_limit(list(rows.values()))
-    drawn = cards(diagnosis.violations, rollouts, rows, texts, limit)
+    drawn = cards(diagnosis.violations, rollouts, rows, texts, Pictures(config.images_folder), limit)
     page = render(config, diagnosis, rollouts, found, drawn, limit)
 
     target = folder if out is None else out

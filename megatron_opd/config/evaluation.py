@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_opd.config.base import PositiveInt, Section
-from megatron_opd.config.sections import ColumnsConfig, VerifierConfig, VerifierKind
+from megatron_opd.config.sections import ColumnsConfig, ImagesConfig, VerifierConfig, VerifierKind
 from megatron_opd.config.servers import EngineConfig, ServerConfig
 
 PLACE = "{prompt}"  # in a template
@@ -75,6 +75,8 @@ class EvaluationConfig(Section):
     """Hugging Face folder with config and tokenizer of a Megatron checkpoint; null takes that of its run."""
     max_prompt_tokens: PositiveInt = 4096
     """Most tokens of a problem after template and chat template; a longer one is an error."""
+    images: ImagesConfig = ImagesConfig()
+    """Images of problems; only a multimodal model can be asked about any."""
     concurrency: PositiveInt = 64
     """Problems under way at once."""
     attempts: PositiveInt = 4
@@ -104,6 +106,11 @@ class EvaluationConfig(Section):
             yield "verifiers.kinds is of training: set benchmarks.<name>.verifier"
         if self.server.engine != "sglang":
             yield "server.engine must be sglang, the only one that samples"
+
+    @property
+    def images_folder(self) -> Path:
+        """Folder of resized images, which runs share."""
+        return self.images.folder or Path("runs/.images")
 
     @property
     def judging(self) -> VerifierConfig:

@@ -130,6 +130,11 @@ class Config(Section):
         return self.output / self.name
 
     @property
+    def images_folder(self) -> Path:
+        """Folder of resized images (``runtime.vision.image_file``), which runs share."""
+        return self.data.images.folder or self.output / ".images"
+
+    @property
     def sampling_seed(self) -> int | None:
         """Seed of all responses; None where servers would not heed it."""
         return self.seed if self.engine.deterministic else None

@@ -164,12 +164,12 @@ class ImagesConfig(Section):
     """What images of prompts may be, and to which size they are brought (docs/multimodal.md)."""
 
     folder: Path | None = None
-    """Where resized images are kept, by their hash; runs may share it. null: the run's own folder."""
+    """Where resized images are kept, by their hash, for all processes and runs; null: .images beside the runs."""
     max_per_prompt: PositiveInt = 16
     """Most images of one prompt; more are an error."""
     max_file_mb: PositiveInt = 32
     """Most megabytes (2**20 bytes) of one image as it is in the data; a larger one is an error."""
-    max_source_megapixels: PositiveInt = 100
+    max_source_megapixels: Annotated[int, Field(ge=1, le=170)] = 80
     """Most million pixels of one image as it is in the data; a larger one is an error and is never decoded."""
     min_pixels: PositiveInt | None = None
     """Pixels to which a smaller image is enlarged; null: as the student's image processor says."""

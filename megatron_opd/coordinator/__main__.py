@@ -38,6 +38,7 @@ from megatron_opd.runtime.checkpoints import COORDINATOR
 from megatron_opd.runtime.env import token
 from megatron_opd.runtime.replicas import ReplicaPool
 from megatron_opd.runtime.rundir import RunDirectory
+from megatron_opd.runtime.vision import text_config
 from megatron_opd.teachers.start import start_teachers
 from megatron_opd.verifiers.pool import VerifierPool
 
@@ -159,7 +160,7 @@ async def _check_deterministic(*pools: ReplicaPool, config: Config) -> None:
 
 
 def _model_fact(model: Path, name: str) -> int:
-    return json.loads((model / "config.json").read_text())[name]
+    return text_config(json.loads((model / "config.json").read_text()))[name]
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import ColumnsConfig, Config
+from megatron_opd.config import ColumnsConfig, Config, TeacherConfig
 from megatron_opd.data.blocks import LineBlocks
 from megatron_opd.data.file_stream import FileStream
+from megatron_opd.data.images import open_store
 from megatron_opd.data.mixture import MixedStream
 from megatron_opd.data.pass_rates import read_pass_rates
-from megatron_opd.data.reading import PromptReader, read_prompts
+from megatron_opd.data.reading import ImageReading, PromptReader, read_prompts
 from megatron_opd.data.stream import LazyStream, PromptStream, fingerprint
 from megatron_opd.errors import DataError
 from megatron_opd.records import Prompt
+from megatron_opd.runtime.vision import read_vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,8 +57,7 @@ def open_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Str
         prompts = read_training(config, tokenizer)
         return _mixed(config, prompts), fingerprint(prompts)
     data, lines = config.data, LineBlocks(config.data.train)
-    limits = (data.default_domain, set(config.teachers), tokenizer, data.max_prompt_tokens)
-    reader = PromptReader(data.train, data.columns, *limits)
+    reader = _reader(config, data.train, data.columns, tokenizer)
     if data.mixture is None:
         return FileStream(lines, reader, config.seed, data.stream), lines.fingerprint()
     parts = [
@@ -95,5 +96,32 @@ def _read(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
 ) -> list[Prompt]:
+    return read_prompts(_reader(config, path, columns, tokenizer), limit)
+
+
+def _reader(config: Config, path: Path, columns: ColumnsConfig, tokenizer: PreTrainedTokenizerBase) -> PromptReader:
+    store = open_store(config.student.model, config.images_folder, config.data.images, columns.images)
     data, domains = config.data, set(config.teachers)
-    return read_prompts(path, columns, data.default_domain, domains, tokenizer, data.max_prompt_tokens, limit)
+    return PromptReader(
+        path,
+        columns,
+        data.default_domain,
+        domains,
+        tokenizer,
+        data.max_prompt_tokens,
+        images=ImageReading(store, image_domains(config)) if store else None,
+    )
+
+
+def image_domains(config: Config) -> frozenset[str]:
+    """Domains whose prompts may have images: their teacher sees, or images are left out of what it is asked.
+
+    A free reference is asked about every prompt, so a blind one that is to see takes all domains away.
+    """
+    if config.reference is not None and not _takes_images(config.reference):
+        return frozenset()
+    return frozenset(domain for domain, teacher in config.teachers.items() if _takes_images(teacher))
+
+
+def _takes_images(teacher: TeacherConfig) -> bool:
+    return teacher.images == "leave_out" or read_vision(teacher.model) is not None

@@ -7,7 +7,8 @@ A line of a file with the default columns, and the Prompt it becomes:
 
 ``prompt`` is the user's text, or a list of chat messages that ends with the user's. ``answer`` is a string, a number,
 or an object, which becomes its JSON text (``{"fn_name": "f", "inputs": ..., "outputs": ...}`` for code). A file that
-``megatron-opd difficulty`` wrote also says how often a record appears in one epoch: ``columns.repeats``.
+``megatron-opd difficulty`` wrote also says how often a record appears in one epoch: ``columns.repeats``. Images of a
+record (``columns.images``) take the places that ``<image>`` marks in its texts, or come first (docs/multimodal.md).
 
 The whole file is checked before an error is raised, and the first ten flaws are told:
 
@@ -23,6 +24,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -30,47 +34,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import ColumnsConfig
+from megatron_opd.data.image_sources import image_sources
+from megatron_opd.data.image_tokens import expand, flat_content, with_parts
+from megatron_opd.data.images import ImageStore, Kept
 from megatron_opd.data.rows import MISSING, Flaw, Row, flaws_error, read_rows, show
 from megatron_opd.errors import DataError
-from megatron_opd.records import Prompt
+from megatron_opd.records import Image, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENAME = "add the value, or set data.columns to the names in the file"
 RETYPE = "convert the value"
+AT_ONCE = 64  # rows with images whose bytes are in memory
 
 
-def read_prompts(
-    path: Path,
-    columns: ColumnsConfig,
-    default_domain: str | None,
-    domains: set[str],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    limit: int | None = None,
-    template: str | None = None,
-) -> list[Prompt]:
-    """Prompts of a .jsonl, .jsonl.gz or .parquet file, in its order: all, or the first ``limit``. Raises DataError.
+@dataclass(frozen=True, slots=True)
+class ImageReading:
+    """What a reader needs for prompts with images."""
 
-    template: the text that is asked, with the record's in the place of ``{prompt}``; None asks the record's alone.
+    store: ImageStore
+    domains: frozenset[str]  # those whose teacher can be asked about an image, or leaves it out
+
+
+def read_prompts(reader: PromptReader, limit: int | None = None) -> list[Prompt]:
+    """Prompts of the reader's .jsonl, .jsonl.gz or .parquet file, in its order: all, or the first ``limit``.
+
+    Raises DataError.
     """
-    reader = PromptReader(path, columns, default_domain, domains, tokenizer, max_prompt_tokens, template)
-    wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats]
+    path, columns = reader.path, reader.columns
+    wanted = [columns.prompt, columns.answer, columns.domain, columns.id, columns.repeats, columns.images]
     prompts: list[Prompt] = []
     numbers: dict[str, int] = {}  # of the row that has the id
     flaws: list[tuple[int, Flaw]] = []
-    for row in islice(read_rows(path, [column for column in wanted if column is not None]), limit):
-        try:
-            prompt = reader.prompt(row)
-            if prompt.id in numbers:
-                expected = f"an id of its own; row {numbers[prompt.id]} has it too"
-                raise Flaw(columns.id or "id", repr(prompt.id), expected, "rename or remove one of the two")
-        except Flaw as flaw:
-            flaws.append((row.number, flaw))
+    rows = islice(read_rows(path, [column for column in wanted if column is not None]), limit)
+    for number, found in reader.read(rows):
+        if isinstance(found, Flaw):
+            flaws.append((number, found))
+        elif found.id in numbers:
+            expected = f"an id of its own; row {numbers[found.id]} has it too"
+            flaw = Flaw(columns.id or "id", repr(found.id), expected, "rename or remove one of the two")
+            flaws.append((number, flaw))
         else:
-            prompts.append(prompt)
-            numbers[prompt.id] = row.number
+            prompts.append(found)
+            numbers[found.id] = number
     if flaws:
         raise flaws_error([(path, *flaw) for flaw in flaws], path, total=len(prompts) + len(flaws))
     if not prompts:
@@ -80,7 +87,10 @@ def read_prompts(
 
 @dataclass(frozen=True, slots=True)
 class PromptReader:
-    """Turns one row into a prompt. Its methods raise Flaw."""
+    """Turns one row into a prompt. Its methods raise Flaw.
+
+    template: the text that is asked, with the record's in the place of ``{prompt}``; None asks the record's alone.
+    """
 
     path: Path
     columns: ColumnsConfig
@@ -89,18 +99,37 @@ class PromptReader:
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     template: str | None = None
+    images: ImageReading | None = None  # of a model that sees; None for one that does not
+
+    def read(self, rows: Iterator[Row]) -> Iterator[tuple[int, Prompt | Flaw]]:
+        """Number of each row and its prompt, or what is wrong with it. Images are decoded by several threads."""
+        with ExitStack() as stack:
+            threads = self.images is not None and self.columns.images is not None
+            pool = stack.enter_context(ThreadPoolExecutor()) if threads else None
+            while some := list(islice(rows, AT_ONCE)):
+                found = pool.map(self._prompt_or_flaw, some) if pool else map(self._prompt_or_flaw, some)
+                yield from zip([row.number for row in some], found, strict=True)
+
+    def _prompt_or_flaw(self, row: Row) -> Prompt | Flaw:
+        try:
+            return self.prompt(row)
+        except Flaw as flaw:
+            return flaw
 
     def prompt(self, row: Row) -> Prompt:
         """The prompt of a row."""
         record = row.record()
         messages = self._asked(_messages(self.columns.prompt, record.get(self.columns.prompt, MISSING)))
+        domain = self.domain(record)
+        token_ids, images = self._token_ids(messages, record, domain)
         return Prompt(
             id=self._id(record, row.number),
-            domain=self.domain(record),
+            domain=domain,
             text=messages[-1]["content"],
-            token_ids=self._token_ids(messages),
+            token_ids=token_ids,
             answer=_answer(self.columns.answer, record.get(self.columns.answer, MISSING)),
             repeats=self.repeats(record),
+            images=images,
         )
 
     def _asked(self, messages: list[dict]) -> list[dict]:
@@ -144,13 +173,34 @@ class PromptReader:
             raise Flaw(column, show(value), "a whole number >= 1", RENAME if value is MISSING else RETYPE)
         return value
 
-    def _token_ids(self, messages: list[dict]) -> tuple[int, ...]:
+    def _token_ids(self, messages: list[dict], record: dict, domain: str) -> tuple[tuple[int, ...], tuple[Image, ...]]:
         column = self.columns.prompt
-        token_ids = chat_tokens(column, messages, self.tokenizer)
+        images: list[Image] = []
+        if self.images is None:
+            token_ids = chat_tokens(column, messages, self.tokenizer)
+        else:
+            kept = self._kept(record, domain, self.images)
+            token_ids = chat_tokens(column, with_parts(messages, len(kept), self.columns.images or ""), self.tokenizer)
+            token_ids, images = expand(token_ids, kept, self.images.store.vision, column)
         if len(token_ids) > self.max_prompt_tokens:
             got, expected = f"{len(token_ids)} tokens", f"at most {self.max_prompt_tokens}"
             raise Flaw(column, got, expected, "raise data.max_prompt_tokens, or remove the record")
-        return tuple(token_ids)
+        return tuple(token_ids), tuple(images)
+
+    def _kept(self, record: dict, domain: str, images: ImageReading) -> list[Kept]:
+        """The record's images, resized and kept."""
+        column = self.columns.images
+        if column is None:
+            return []
+        sources = image_sources(column, record.get(column, MISSING), self.path.parent)
+        most = images.store.limits.max_per_prompt
+        if len(sources) > most:
+            fix = "remove some, or raise data.images.max_per_prompt"
+            raise Flaw(column, f"{len(sources)} images", f"at most {most}", fix)
+        if sources and domain not in images.domains:
+            fix = f"correct the domain, or set teachers.{domain}.images=leave_out"
+            raise Flaw(column, f"an image in the domain {domain!r}", "none: its teacher reads text only", fix)
+        return [images.store.add(column, source) for source in sources]
 
 
 def chat_tokens(column: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -167,6 +217,7 @@ def _messages(column: str, value: object) -> list[dict]:
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(messages, list):
         raise Flaw(column, show(value), "a string or a list of messages", RENAME if value is MISSING else RETYPE)
+    messages = [_with_marks(message) for message in messages]
     for message in messages:
         keys = ("role", "content")
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in keys):
@@ -177,6 +228,11 @@ def _messages(column: str, value: object) -> list[dict]:
     if not messages[-1]["content"].strip():
         raise Flaw(column, "an empty prompt", "some text", "write the question, or remove the record")
     return messages
+
+
+def _with_marks(message: object) -> object:
+    """A message whose content is a text, where it was a list of image and text parts."""
+    return message | {"content": flat_content(message.get("content"))} if isinstance(message, dict) else message
 
 
 def _answer(column: str, value: object) -> str:

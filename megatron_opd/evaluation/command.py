@@ -75,7 +75,7 @@ def _check(given: Path, config: EvaluationConfig) -> tuple[Model, PreTrainedToke
     prompts: list[Prompt] = []
     found += attempt(lambda: tokenizers.append(load_tokenizer(folder)))
     for name in config.benchmarks if tokenizers else ():
-        found += attempt(lambda n=name: prompts.extend(read_benchmark(config, n, tokenizers[0])))
+        found += attempt(lambda n=name: prompts.extend(read_benchmark(config, n, tokenizers[0], folder)))
     raise_together(found)
     return models[0], tokenizers[0], prompts
 

@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("domain", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
+        ("images", pa.list_(pa.string())),  # records.Image.hash of each: the name of its file
         ("response", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -84,6 +85,7 @@ def _rollout_row(verified: Verified) -> dict[str, object]:
         "domain": prompt.domain,
         "prompt": prompt.text,
         "answer": prompt.answer,
+        "images": [image.hash for image in prompt.images],
         "response": rollout.text,
         "prompt_tokens": len(prompt.token_ids),
         "finish_reason": rollout.finish_reason,

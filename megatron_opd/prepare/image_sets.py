@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 
 from megatron_opd.config import PrepareConfig
+from megatron_opd.data.image_tokens import flat_content
 from megatron_opd.prepare.drafts import Draft, Skip, answer_of, first_of, look_up, messages_of, text_of, texts_of
 from megatron_opd.prepare.images import images_of
 from megatron_opd.prepare.templates import bare
-
-MARK = "<image>"  # where an image belongs in a question
 
 
 class OpenMMReasoner:
@@ -33,13 +32,7 @@ def _flat(prompt: object) -> object:
     """Messages whose content is a text; anything else as it is, for others to complain about."""
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
         return prompt
-    return [message | {"content": _text(message.get("content"))} for message in prompt]
-
-
-def _text(content: object) -> object:
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return content
-    return "".join(part.get("text") or (MARK if part.get("type") == "image" else "") for part in content)
+    return [message | {"content": flat_content(message.get("content"))} for message in prompt]
 
 
 class ChartQA:

@@ -95,11 +95,6 @@ class RunDirectory:
         return self.path / "weights"
 
     @property
-    def images(self) -> Path:
-        """Resized images of prompts (``vision.image_file``), unless ``data.images.folder`` says where."""
-        return self.path / "images"
-
-    @property
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.path / "checkpoints")
 

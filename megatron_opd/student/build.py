@@ -26,10 +26,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_opd.config import Config, StudentConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.runtime import env
+from megatron_opd.runtime.vision import read_vision
 from megatron_opd.student import bridges, cpu_runtime
 from megatron_opd.student.head import return_hidden_states
 from megatron_opd.student.sizes import check_sizes, check_world_size, has_experts, read_hf_config
 from megatron_opd.student.torch_backend import decoder_spec
+from megatron_opd.student.vision.build import build_seeing
+from megatron_opd.student.vision.images import ImageReader
 
 bridges.register()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,6 +66,7 @@ class Student:
     scheduler: OptimizerParamScheduler
     backend: BackendName
     reason: str
+    images: ImageReader | None = None  # None for a model that reads no images
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +114,9 @@ def build_student(config: Config) -> Student:
     load_hf(built, config.student.model)
     model = _wrap([return_hidden_states(chunk) for chunk in built.chunks], built.bridge, config.student)
     optimizer, scheduler = _build_optimizer(config, model)
-    return Student(built.bridge, model, optimizer, scheduler, built.backend, built.reason)
+    vision = read_vision(config.student.model)
+    reader = None if vision is None else ImageReader(config.images_folder, vision)
+    return Student(built.bridge, model, optimizer, scheduler, built.backend, built.reason, reader)
 
 
 def build_model(student: StudentConfig) -> Model:
@@ -128,7 +134,7 @@ def build_model(student: StudentConfig) -> Model:
         )
     bridge = _build_bridge(student, backend)
     parts = range(student.virtual_pipeline) if student.virtual_pipeline > 1 else [None]
-    return Model(bridge, [_build_chunk(bridge, backend, part) for part in parts], backend, reason)
+    return Model(bridge, [_build_chunk(bridge, backend, student.train_vision, part) for part in parts], backend, reason)
 
 
 def load_hf(model: Model, folder: Path) -> None:
@@ -219,25 +225,26 @@ def _fusions(backend: BackendName) -> dict[str, bool]:
     return dict.fromkeys(names, backend == "transformer_engine")
 
 
-def _build_chunk(bridge: Bridge, backend: BackendName, part: int | None) -> GPTModel:
+def _build_chunk(bridge: Bridge, backend: BackendName, train_vision: bool, part: int | None) -> GPTModel:
     """The layers of this pipeline stage; with virtual stages, of number ``part`` of this rank's."""
     hf_config = bridge.hf_config
     if backend == "transformer_engine":
         spec = get_gpt_decoder_block_spec(bridge.config, use_transformer_engine=True, vp_stage=part)
     else:
         spec = decoder_spec(bridge.config, part)
-    return GPTModel(
-        config=bridge.config,
-        transformer_layer_spec=spec,
-        vocab_size=bridge.padded_vocab_size,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=part is None, vp_stage=part),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=part is None, vp_stage=part),
-        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="rope",
-        **_rope(hf_config),
-        vp_stage=part,
-    )
+    options = {
+        "config": bridge.config,
+        "transformer_layer_spec": spec,
+        "vocab_size": bridge.padded_vocab_size,
+        "max_sequence_length": hf_config.max_position_embeddings,
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=part is None, vp_stage=part),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=part is None, vp_stage=part),
+        "share_embeddings_and_output_weights": hf_config.tie_word_embeddings,
+        "vp_stage": part,
+    }
+    if bridges.sees(bridge):
+        return build_seeing(bridge, train_vision, options)
+    return GPTModel(**options, position_embedding_type="rope", **_rope(hf_config))
 
 
 def _wrap(chunks: list[GPTModel], bridge: Bridge, student: StudentConfig) -> list[DistributedDataParallel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_opd.records import PackedBatch
+from megatron_opd.records import Image, PackedBatch
 from megatron_opd.student.build import Student
 from megatron_opd.student.context import lengthen, positions_of_rank
+from megatron_opd.student.vision.packing import seeing_packing
+from megatron_opd.student.vision.placing import RowImages, row_images, sequence_images
 
 # The batch's arrays that only the loss reads, in the order in which rows are made.
 _LOSS_ARRAYS = (
@@ -56,13 +59,14 @@ def batch_rows(student: Student, batch: PackedBatch) -> list[Row]:
         inside = (batch.sequence_offsets >= start) & (batch.sequence_offsets <= end)
         arrays = (batch.tokens, batch.labels, *(getattr(batch, name) for name in _LOSS_ARRAYS))
         bounds = batch.sequence_offsets[inside] - start
-        rows.append(_make_row(student, *(array[start:end] for array in arrays), bounds))
+        images = row_images(batch, start, end)
+        rows.append(_make_row(student, images, *(array[start:end] for array in arrays), bounds))
     return _fill(student, rows)
 
 
-def sequence_rows(student: Student, token_ids: np.ndarray) -> list[Row]:
+def sequence_rows(student: Student, token_ids: np.ndarray, images: Sequence[Image] = ()) -> list[Row]:
     """A row of one sequence without any loss, and what the schedule needs after it."""
-    return _fill(student, [_plain_row(student, token_ids)])
+    return _fill(student, [_plain_row(student, token_ids, images)])
 
 
 def whole_row(row: Row, values: torch.Tensor | None) -> torch.Tensor:
@@ -103,15 +107,16 @@ def _fill(student: Student, rows: list[Row]) -> list[Row]:
     return rows + [_plain_row(student, np.zeros(1, np.int64)) for _ in range(wanted - len(rows))]
 
 
-def _plain_row(student: Student, tokens: np.ndarray) -> Row:
+def _plain_row(student: Student, tokens: np.ndarray, images: Sequence[Image] = ()) -> Row:
     """One sequence of L >= 1 tokens that weighs nothing."""
     length = len(tokens)
     nothing, no_rows = np.zeros(length, np.float32), np.zeros((length, 0), np.float32)
     no_loss = (nothing, nothing, nothing, nothing, nothing, nothing, no_rows, no_rows)
-    return _make_row(student, tokens, np.append(tokens[1:], 0), *no_loss, np.array([0, length]))
+    labels = np.append(tokens[1:], 0)
+    return _make_row(student, sequence_images(images), tokens, labels, *no_loss, np.array([0, length]))
 
 
-def _make_row(student: Student, tokens: np.ndarray, labels: np.ndarray, *arrays: np.ndarray) -> Row:
+def _make_row(student: Student, images: RowImages, tokens: np.ndarray, labels: np.ndarray, *arrays: np.ndarray) -> Row:
     """Move this rank's part of a row to the device, the row lengthened to what the parallel layout can split.
 
     arrays: those of ``_LOSS_ARRAYS``, and last the bounds [S + 1], where the sequences start and end, from 0 to the
@@ -119,7 +124,8 @@ def _make_row(student: Student, tokens: np.ndarray, labels: np.ndarray, *arrays:
     """
     *loss_arrays, bounds = arrays
     config, device = student.bridge.config, student.device
-    bounds, origins, places = lengthen(bounds, *_multiples(student))
+    held = bounds
+    bounds, origins, places = lengthen(held, *_multiples(student))
     if config.context_parallel_size > 1:
         mine = positions_of_rank(bounds, config.context_parallel_size, parallel_state.get_context_parallel_rank())
         origins, places = origins[mine], places[mine]
@@ -129,11 +135,14 @@ def _make_row(student: Student, tokens: np.ndarray, labels: np.ndarray, *arrays:
         taken[origins < 0] = 0
         return torch.from_numpy(taken).to(device=device, dtype=dtype)
 
+    packing = _packing(bounds, device, cut=config.context_parallel_size > 1)
+    if student.images is not None:
+        packing = seeing_packing(packing, student.images, config, images, held, origins)
     return Row(
         tokens=move(tokens, torch.int64),
         labels=move(labels, torch.int64),
         positions=torch.from_numpy(places).to(device=device),
-        packing=_packing(bounds, device, cut=config.context_parallel_size > 1),
+        packing=packing,
         origins=torch.from_numpy(origins).to(device=device),
         length=len(tokens),
         **{

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_opd.config import LossConfig
 from megatron_opd.errors import OpdError
 from megatron_opd.recipe.policy_loss import forward_kl_loss, off_policy_loss, policy_loss
-from megatron_opd.records import PackedBatch
+from megatron_opd.records import Image, PackedBatch
 from megatron_opd.student.build import Student
 from megatron_opd.student.head import Head
 from megatron_opd.student.rows import Row, batch_rows, from_last_stage, sequence_rows, whole_row
@@ -75,13 +75,13 @@ def train_step(student: Student, batch: PackedBatch, loss: LossConfig) -> StepMe
     return StepMetrics(grad_norm=float(grad_norm), learning_rate=learning_rate, **_of_their_tokens(means))
 
 
-def sequence_logprobs(student: Student, token_ids: np.ndarray) -> np.ndarray:
+def sequence_logprobs(student: Student, token_ids: np.ndarray, images: Sequence[Image] = ()) -> np.ndarray:
     """Log-prob of each next token of one sequence, by the forward pass of training.
 
     token_ids: [L] int64 with L >= 2; returns [L - 1] float32, entry t for token t + 1. All ranks call it with the same
-    tokens, and all get the answer.
+    tokens and images, and all get the answer.
     """
-    rows = sequence_rows(student, token_ids)
+    rows = sequence_rows(student, token_ids, images)
     for chunk in student.model:
         chunk.eval()
     with torch.no_grad():

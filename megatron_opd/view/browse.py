@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_opd.audit.heatmap import Heat, TokenTexts, colour_limit, heat, visible
 from megatron_opd.audit.panels import Panel, shift_histograms
+from megatron_opd.audit.pictures import Pictures, Shown
 from megatron_opd.audit.read import Rollouts, fetch, read_rollouts
 from megatron_opd.observe.trajectories import STATES
 
@@ -40,6 +41,7 @@ class Sample:
     state: str
     prompt_id: str
     prompt: str
+    pictures: list[Shown]
     answer: str
     response: str  # where there is no heat-map
     tokens: int
@@ -59,7 +61,7 @@ class Browser:
     returns: dict[str, list[Panel]]  # by domain
 
 
-def browse(files: Sequence[Path], texts: TokenTexts) -> Browser:
+def browse(files: Sequence[Path], texts: TokenTexts, pictures: Pictures) -> Browser:
     """``files``: trajectories of all recorded steps, at least one. Cost: reads FILES of them twice."""
     chosen = [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})][-FILES:]
     rollouts = read_rollouts(chosen)
@@ -70,7 +72,7 @@ def browse(files: Sequence[Path], texts: TokenTexts) -> Browser:
     scored = rollouts.take(np.isfinite(rollouts.mean_gap))
     return Browser(
         steps=sorted({int(step) for step in rollouts.step}),
-        samples=[_sample(row, texts, limit) for row in ordered],
+        samples=[_sample(row, texts, pictures, limit) for row in ordered],
         limit=limit,
         returns={
             visible(domain): shift_histograms(visible(domain), scored.take(scored.domain == domain))
@@ -104,7 +106,7 @@ def _spread(indices: list[int], groups: np.ndarray) -> list[int]:
     return [index for _, index in sorted(ranked)]
 
 
-def _sample(row: dict, texts: TokenTexts, limit: float) -> Sample:
+def _sample(row: dict, texts: TokenTexts, pictures: Pictures, limit: float) -> Sample:
     name, style = OUTCOMES[row["outcome"]]
     scored = row["gaps"] is not None
     return Sample(
@@ -118,6 +120,7 @@ def _sample(row: dict, texts: TokenTexts, limit: float) -> Sample:
         state=row["state"],
         prompt_id=visible(row["prompt_id"]),
         prompt=_short(row["prompt"]),
+        pictures=pictures(row["images"]),
         answer=_short(row["answer"]),
         response="" if scored else _short(row["response"]),
         tokens=len(row["token_ids"]),

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_opd.audit.heatmap import TokenTexts
+from megatron_opd.audit.pictures import Pictures
 from megatron_opd.audit.read import trajectory_files
 from megatron_opd.errors import ConfigError, DataError, ModelError
-from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.view.browse import Browser, browse
-from megatron_opd.view.history import read_history
+from megatron_opd.view.history import History, read_history
 from megatron_opd.view.page import headline, render
 
 
@@ -23,7 +23,7 @@ def view(folder: Path, out: Path | None = None) -> list[str]:
     Raises DataError when there is no run, ConfigError when the page cannot be written.
     """
     history = read_history(folder)
-    browser, reason = _rollouts(history.run)
+    browser, reason = _rollouts(history)
     target = (folder if out is None else out) / "view.html"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,9 +36,10 @@ def view(folder: Path, out: Path | None = None) -> list[str]:
     return lines + [f"error of {failure.role}: {failure.error}" for failure in history.failures]
 
 
-def _rollouts(run: RunDirectory) -> tuple[Browser | None, str]:
+def _rollouts(history: History) -> tuple[Browser | None, str]:
     """The rollouts that are shown, or why there are none: the rest of the page is there all the same."""
+    run, pictures = history.run, Pictures(history.config.images_folder)
     try:
-        return browse(trajectory_files(run.trajectories), TokenTexts.load(run.tokenizer)), ""
+        return browse(trajectory_files(run.trajectories), TokenTexts.load(run.tokenizer), pictures), ""
     except (DataError, ModelError) as error:
         return None, str(error)

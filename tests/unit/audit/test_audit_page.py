@@ -89,7 +89,7 @@ def test_sections_come_in_order(page: Page) -> None:
 def test_the_page_needs_nothing_else_and_runs_nothing(page: Page) -> None:
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.elements}
     policies = [meta["content"] for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         assert attributes.get("href", "#").startswith("#") and "src" not in attributes

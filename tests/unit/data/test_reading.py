@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_opd.config import ColumnsConfig
-from megatron_opd.data.reading import read_prompts
+from megatron_opd.data.reading import PromptReader, read_prompts
 from megatron_opd.errors import DataError
 
 GOOD = {"prompt": "Compute 2 + 3.", "answer": "5", "domain": "math"}
@@ -29,7 +29,8 @@ def read(tokenizer, tmp_path):
             path = tmp_path / "p.jsonl"
             lines = [item if isinstance(item, str) else json.dumps(item) for item in source]
             path.write_text("".join(f"{line}\n" for line in lines))
-        return read_prompts(path, columns or ColumnsConfig(), default_domain, {"math", "code"}, tokenizer, limit)
+        domains = {"math", "code"}
+        return read_prompts(PromptReader(path, columns or ColumnsConfig(), default_domain, domains, tokenizer, limit))
 
     return reading
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_opd.config import ColumnsConfig, DifficultyConfig
 from megatron_opd.data.pass_rates import PassRates
-from megatron_opd.data.reading import read_prompts
+from megatron_opd.data.reading import PromptReader, read_prompts
 from megatron_opd.difficulty.picture import draw_histograms
 from megatron_opd.difficulty.weighing import weigh
 from megatron_opd.difficulty.weighted import check_convertible, write_weighted
@@ -126,7 +126,7 @@ def test_rows_of_a_parquet_file_keep_all_columns(tmp_path: Path, byte_tokenizer)
     assert (second["label"], second["day"]) == ("0.10", None)
     columns = ColumnsConfig(prompt="messages", answer="label", domain=None)
     old, new = (
-        read_prompts(tmp_path / name, changed, "math", {"math"}, byte_tokenizer(), 200)
+        read_prompts(PromptReader(tmp_path / name, changed, "math", {"math"}, byte_tokenizer(), 200))
         for name, changed in [
             ("p.parquet", columns),
             ("weighted.jsonl", columns.model_copy(update={"repeats": "repeats"})),

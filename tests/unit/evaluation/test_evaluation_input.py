@@ -121,7 +121,7 @@ def test_what_is_no_model_is_told(tmp_path: Path, make: Callable[[Path], object]
 def read(write: Write, tmp_path: Path, *changes: str, records: tuple = ({"prompt": "1 + 1", "answer": 2},)) -> list:
     (tmp_path / "a.yaml").write_text("benchmarks: {a: {verifier: math, samples: 2}}\n")
     config = load_evaluation([str(tmp_path / "a.yaml"), write("a", *records), *changes])
-    return read_benchmark(config, "a", load_tokenizer(STUDENT))
+    return read_benchmark(config, "a", load_tokenizer(STUDENT), STUDENT)
 
 
 def test_a_template_surrounds_the_question_once(write: Write, tmp_path: Path) -> None:

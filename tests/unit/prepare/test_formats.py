@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_opd.config import ColumnsConfig, PrepareConfig, VerifierConfig
-from megatron_opd.data.reading import read_prompts
+from megatron_opd.data.reading import PromptReader, read_prompts
 from megatron_opd.prepare.command import prepare
 from megatron_opd.prepare.console import PrepareConsole
 from megatron_opd.records import Outcome
@@ -199,5 +199,6 @@ def test_real_humaneval(convert, humaneval: Path) -> None:
 def test_what_is_written_can_be_trained_on(convert, tmp_path: Path, byte_tokenizer) -> None:
     records = convert("verl", [published.verl("2+3?", "5", "math"), published.verl("f", published.CALL_TESTS, "code")])
     columns = ColumnsConfig(id="id")
-    prompts = read_prompts(tmp_path / "out.jsonl", columns, None, {"math", "code"}, byte_tokenizer(), 4096)
+    reader = PromptReader(tmp_path / "out.jsonl", columns, None, {"math", "code"}, byte_tokenizer(), 4096)
+    prompts = read_prompts(reader)
     assert [(prompt.id, prompt.answer) for prompt in prompts] == [(item["id"], item["answer"]) for item in records]
