@@ -39,7 +39,7 @@ ALLOWED = {
     "difficulty": FOUNDATION | {"runtime", "recipe", "data", "engines", "sampling", "train"},
     "evaluation": FOUNDATION | {"runtime", "data", "engines", "sampling", "train", "observe", "convert"},
     "audit": FOUNDATION | {"runtime", "recipe", "observe", "data"},
-    "plan": FOUNDATION | {"student"},
+    "plan": FOUNDATION | {"runtime", "student"},
     "view": FOUNDATION | {"runtime", "observe", "audit"},
     "convert": FOUNDATION | {"runtime", "observe", "student", "train"},
     "doctor": FOUNDATION

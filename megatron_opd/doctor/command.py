@@ -16,7 +16,7 @@ from megatron_opd.doctor.collective import check_all_reduce
 from megatron_opd.doctor.finding import Check, Finding, by_error, ok, skipped
 from megatron_opd.doctor.gpus import check_gpus
 from megatron_opd.doctor.machine import check_packages, check_python, check_shared_memory, check_torch
-from megatron_opd.doctor.models import check_data, check_models, check_sizes, check_tokenizers
+from megatron_opd.doctor.models import check_data, check_images, check_models, check_sizes, check_tokenizers
 from megatron_opd.doctor.run import run_check
 from megatron_opd.doctor.servers import check_engines, check_handshakes
 from megatron_opd.doctor.settings import (
@@ -45,6 +45,7 @@ CONFIG: dict[str, tuple[float, Callable[[Config], Iterable[Finding]]]] = {
     "models": (60, check_models),
     "sizes": (60, check_sizes),
     "tokenizers": (300, check_tokenizers),
+    "images": (60, check_images),
     "data": (600, check_data),
     "verifiers": (300, check_verifiers),
     "engines": (300, check_engines),

@@ -18,6 +18,8 @@ class Assumptions(Section):
 
     prompt_tokens: PositiveFloat | None = None
     """Mean length of a prompt; null takes a quarter of data.max_prompt_tokens."""
+    image_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Tokens of a prompt that stand for images, of a model with a vision tower."""
     response_tokens: PositiveFloat | None = None
     """Mean length of a response; null takes half of the longest."""
     longest_response: PositiveFloat | None = None

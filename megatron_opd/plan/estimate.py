@@ -161,8 +161,8 @@ def make_plan(setting: Setting, models: Models) -> Plan:
         student=plan_student(setting, models.student),
         rollout=plan_rollout(setting, models.student),
         frozen=plan_frozen(setting, models),
-        refresh_seconds=refresh_seconds(models.student, config.student.dtype, setting.assumed),
-        notes=list(_notes(config, setting.step)),
+        refresh_seconds=refresh_seconds(models.student.sent_by(config.student), config.student.dtype, setting.assumed),
+        notes=list(_notes(config, setting.step, models.student)),
     )
 
 
@@ -193,7 +193,7 @@ def plan_rollout(setting: Setting, shape: ModelShape) -> ServerPlan:
     replica = Replica(shape, server.tensor_parallel, setting.config.engine, setting.gpu, setting.assumed)
     gpus, replicas = _replicas("rollout_gpus", setting.assumed.rollout_gpus, server)
     sequences = step.rollouts / replicas
-    prompts = 2 * step.groups * step.prompt * shape.body_params / replicas
+    prompts = step.groups * (2 * step.prompt * shape.body_params + shape.tower_flops(step.images)) / replicas
     return ServerPlan(
         role="rollout",
         model=shape.name,
@@ -273,7 +273,7 @@ def _server_problems(role: str, replica: Replica, step: Step) -> list[str]:
     return []
 
 
-def _notes(config: Config, step: Step) -> Iterator[str]:
+def _notes(config: Config, step: Step, shape: ModelShape) -> Iterator[str]:
     """What a reader of the plan may not expect."""
     student = config.student
     if step.longest > student.row_tokens:
@@ -285,5 +285,12 @@ def _notes(config: Config, step: Step) -> Iterator[str]:
         yield "float32 (student.dtype, engine.dtype) does not use the fast units of a GPU; bfloat16 does"
     if student.fp8 is not None:
         yield "student.fp8 is planned as bfloat16: neither its speed nor its copies of weights are modelled"
+    if shape.tower_params:
+        yield (
+            f"{step.images:,.0f} tokens of a prompt are taken to stand for images (--assume image_share); every rank "
+            "of the first pipeline stage has the whole vision tower, whose attention is left out of the operations"
+        )
+    if shape.tower_params and student.train_vision:
+        yield "student.train_vision: what the vision tower keeps for its backward pass is not in the memory"
     if student.recompute == "selective" and student.device != "cpu":
         yield "flash attention keeps next to nothing: student.recompute selective costs time and frees little"

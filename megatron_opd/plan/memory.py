@@ -25,14 +25,15 @@ MOMENTS = 2 * FLOAT  # Adam's two, of each parameter
 
 @dataclass(frozen=True, slots=True)
 class StageParams:
-    """Parameters of one rank of a pipeline stage: dense ones, and those of its experts."""
+    """Parameters of one rank of a pipeline stage: dense ones, those of its experts, and those that do not learn."""
 
     dense: int
     experts: int
+    frozen: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that learn."""
         return self.dense + self.experts
 
 
@@ -75,7 +76,8 @@ def stage_params(shape: ModelShape, student: StudentConfig, stage: int) -> Stage
     if stage == last:
         dense += shape.hidden + (0 if shape.tied and last == 0 else table)
     experts = ffn // (student.expert_parallel * student.expert_tensor) if shape.experts else 0
-    return StageParams(dense, experts)
+    tower = shape.tower_params if stage == 0 else 0  # whole on every rank of the first stage
+    return StageParams(dense + (tower if student.train_vision else 0), experts, 0 if student.train_vision else tower)
 
 
 def in_flight(student: StudentConfig, stage: int, rows: int) -> float:
@@ -105,7 +107,7 @@ def stage_memory(config: Config, shape: ModelShape, stage: int, row: MicroBatch,
     at_layer = recomputed + layer_workspace(shape, student, row)
     kept = layers * in_flight(student, stage, rows) * kept_bytes(shape, student, row)
     return StageMemory(
-        weights=value * params.total,
+        weights=value * (params.total + params.frozen),
         gradients=FLOAT * params.total,
         optimizer=optimizer_bytes(params, student),
         activations=kept + max(head, recomputed),
@@ -155,13 +157,14 @@ def refresh_bytes(config: Config, shape: ModelShape) -> float:
     """Buckets on rank 0 while weights leave: one being made, one waiting, one as a payload; and one whole matrix."""
     value = VALUE_BYTES[config.student.dtype]
     largest = value * max(shape.head_params, 2 * shape.hidden * shape.ffn)
-    bucket = min(max(config.refresh.bucket_mb << 20, largest), value * shape.params)
+    bucket = min(max(config.refresh.bucket_mb << 20, largest), value * shape.sent_by(config.student).params)
     return 3 * bucket + largest
 
 
 def checkpoint_bytes(config: Config, shape: ModelShape) -> float:
     """Files of one checkpoint: weights, the optimizer's float32 copy of them (of float32 weights too), and moments."""
-    return shape.params * (VALUE_BYTES[config.student.dtype] + FLOAT + MOMENTS)
+    frozen = 0 if config.student.train_vision else shape.tower_params
+    return shape.params * VALUE_BYTES[config.student.dtype] + (shape.params - frozen) * (FLOAT + MOMENTS)
 
 
 def host_bytes(config: Config, shape: ModelShape, gpus_per_node: int) -> float:

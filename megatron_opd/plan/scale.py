@@ -59,7 +59,8 @@ def best_division(setting: Setting, models: Models, gpus: int) -> Scaled | None:
         fitting = compare_layouts(setting, models, ranks).fitting
         return fitting[0] if fitting else None
 
-    refresh = refresh_seconds(models.student, setting.config.student.dtype, setting.assumed)
+    sender = setting.config.student
+    refresh = refresh_seconds(models.student.sent_by(sender), sender.dtype, setting.assumed)
     best: Scaled | None = None
     for ranks, sampling, scoring in divisions(setting, gpus):
         student = student_on(ranks)

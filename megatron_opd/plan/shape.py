@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.config import StudentConfig
 from megatron_opd.errors import ModelError
+from megatron_opd.runtime.vision import text_config
 from megatron_opd.student.sizes import has_experts, read_hf_config
+from megatron_opd.student.vision_sizes import VISION_TYPES, tower_size
+from megatron_opd.student.vision_weights import tower_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class ModelShape:
     tied: bool  # whether the embedding is the output matrix too
     head_norms: bool  # RMSNorm of queries and keys
     qkv_bias: bool
+    tower_params: int = 0  # of the vision tower; 0: a text model
+    tower_entries: int = 0  # of its matrices, those of a patch as often as an image token has patches
 
     @property
     def query_width(self) -> int:
@@ -69,7 +76,7 @@ class ModelShape:
     def params(self) -> int:
         """All of the model."""
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
-        return tables + self.layers * self.layer_params + self.hidden
+        return tables + self.layers * self.layer_params + self.hidden + self.tower_params
 
     @property
     def body_params(self) -> int:
@@ -96,6 +103,14 @@ class ModelShape:
         """Forward operations of causal attention over a sequence whose length, squared, is ``squared_length``."""
         return 2.0 * self.layers * self.query_width * squared_length
 
+    def sent_by(self, student: StudentConfig) -> ModelShape:
+        """What a refresh sends of it: a tower that does not learn stays at home."""
+        return self if student.train_vision else replace(self, tower_params=0)
+
+    def tower_flops(self, image_tokens: float) -> float:
+        """Forward operations of the vision tower's matrices; its attention, short beside them, is left out."""
+        return 2.0 * self.tower_entries * image_tokens
+
 
 def read_shape(folder: Path, key: str) -> ModelShape:
     """Sizes of the model in ``folder``; ``key``: the config key that names it, for errors. Raises ModelError."""
@@ -109,14 +124,15 @@ def read_shape(folder: Path, key: str) -> ModelShape:
 
 def shape_of(plain: dict[str, Any], folder: Path) -> ModelShape:
     """Sizes in a parsed config.json. Raises ModelError for one that is missing."""
+    text = text_config(plain)
 
     def size(*fields: str) -> int:
-        found = next((plain[field] for field in fields if isinstance(plain.get(field), int)), 0)
+        found = next((text[field] for field in fields if isinstance(text.get(field), int)), 0)
         if found < 1:
             raise ModelError(
                 "The model's config.json lacks a size",
                 where=f"{folder / 'config.json'}: {fields[0]}",
-                got=plain.get(fields[0]),
+                got=text.get(fields[0]),
                 expected="a positive whole number",
             )
         return found
@@ -124,18 +140,30 @@ def shape_of(plain: dict[str, Any], folder: Path) -> ModelShape:
     experts = has_experts(plain)
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     kind = str(plain.get("model_type"))
+    tower_params, tower_entries = _tower(plain, folder) if kind in VISION_TYPES else (0, 0)
     return ModelShape(
         name=folder.name,
         layers=size("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_heads=plain.get("num_key_value_heads") or heads,
-        head_size=plain.get("head_dim") or hidden // heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_size=text.get("head_dim") or hidden // heads,
         vocab=size("vocab_size"),
         ffn=size("moe_intermediate_size") if experts else size("intermediate_size"),
         experts=size("num_experts", "num_local_experts") if experts else 0,
         experts_per_token=size("num_experts_per_tok") if experts else 1,
         tied=bool(plain.get("tie_word_embeddings", False)),
         head_norms=kind.startswith("qwen3"),
-        qkv_bias=kind == "qwen2",
+        qkv_bias=kind in ("qwen2", "qwen2_5_vl"),
+        tower_params=tower_params,
+        tower_entries=tower_entries,
     )
+
+
+def _tower(plain: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """Parameters of the vision tower, and the entries that one image token is multiplied with."""
+    shapes = tower_shapes(folder, plain)
+    patches = tower_size(folder, plain, "spatial_merge_size") ** 2
+    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1 and "pos_embed" not in name}
+    entries = sum(size * (1 if "merger" in name else patches) for name, size in matrices.items())
+    return sum(map(math.prod, shapes.values())), entries

@@ -10,7 +10,7 @@ from megatron_opd.plan.assumptions import Assumptions
 from megatron_opd.plan.hardware import Gpu
 from megatron_opd.plan.memory import stage_params
 from megatron_opd.plan.shape import ModelShape
-from megatron_opd.plan.work import Setting, rows_of, training_flops
+from megatron_opd.plan.work import Setting, rows_of, tower_flops, training_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ def training_time(setting: Setting, shape: ModelShape) -> TrainingTime:
     mine = -(-rows // student.data_parallel)  # of the busiest copy
     speed = gpu.flops(student.dtype) * assumed.train_utilisation
     arithmetic = sum(training_flops(setting.config, setting.step, shape)) / (student.ranks * speed)
+    # Each rank of the first pipeline stage does all images of its copy, and the other stages wait.
+    arithmetic += sum(tower_flops(setting.config, setting.step, shape)) / (student.data_parallel * speed)
     uneven = arithmetic * (mine * student.data_parallel / rows - 1)
     messages = mine * row_messages(shape, student, row, gpu, assumed)
     filled = -(-mine // student.pipeline_parallel) * student.pipeline_parallel if student.virtual_pipeline > 1 else mine

@@ -25,6 +25,7 @@ class Step:
     prompt: float  # mean tokens
     lengths: Lengths  # of responses
     longest: float  # tokens of the longest sequence that may come: prompt and response
+    images: float  # mean tokens of a prompt that stand for images, for a model that reads them
 
     @property
     def sequence(self) -> float:
@@ -96,6 +97,7 @@ class Operations:
 def step_of(config: Config, assumed: Assumptions) -> Step:
     """The step of a config; ``assumed`` is resolved."""
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    prompt = assumed.prompt_tokens or 0.0
     kept = rollouts * assumed.kept_share
     scores_all = config.balance is not None and config.balance.order == "after_scoring"
     return Step(
@@ -103,16 +105,17 @@ def step_of(config: Config, assumed: Assumptions) -> Step:
         rollouts=rollouts,
         kept=kept,
         scored=rollouts if scores_all else kept,
-        prompt=assumed.prompt_tokens or 0.0,
+        prompt=prompt,
         lengths=Lengths(assumed.response_tokens or 0.0, assumed.longest_response or 0.0),
         longest=config.data.max_prompt_tokens + (assumed.longest_response or 0.0),
+        images=prompt * assumed.image_share,
     )
 
 
 def generation_flops(shape: ModelShape, step: Step) -> float:
     """Prompts, once for each group, and every sampled token."""
     matrices = step.groups * step.prompt * shape.body_params + step.generated * (shape.body_params + shape.head_params)
-    prompts = step.groups * shape.attention_flops(step.prompt**2)
+    prompts = step.groups * (shape.attention_flops(step.prompt**2) + shape.tower_flops(step.images))
     squares = step.rollouts * (step.lengths.mean_square(step.prompt) - step.prompt**2)
     return 2 * matrices + prompts + shape.attention_flops(squares)
 
@@ -122,11 +125,12 @@ def scoring_flops(shape: ModelShape, step: Step, share: float) -> float:
     matrices = step.scored_tokens * shape.body_params + step.scored_responses * shape.head_params
     squares = step.groups * step.prompt**2
     squares += step.scored * (step.lengths.mean_square(step.prompt) - step.prompt**2)
-    return share * (2 * matrices + shape.attention_flops(squares))
+    images = step.groups * shape.tower_flops(step.images)
+    return share * (2 * matrices + shape.attention_flops(squares) + images)
 
 
 def training_flops(config: Config, step: Step, shape: ModelShape) -> tuple[float, float, float]:
-    """Forward, backward, and what is computed again."""
+    """Forward, backward, and what is computed again; without the vision tower."""
     head = 2 * step.trained * shape.head_params
     body = 2 * step.trained * shape.body_params
     attention = step.kept * shape.attention_flops(step.lengths.mean_square(step.prompt))
@@ -135,16 +139,23 @@ def training_flops(config: Config, step: Step, shape: ModelShape) -> tuple[float
     return head + body + attention, 2 * (head + body + attention), again + head
 
 
+def tower_flops(config: Config, step: Step, shape: ModelShape) -> tuple[float, float]:
+    """Forward and backward of the student's vision tower: every sequence has its own images."""
+    forward = step.kept * shape.tower_flops(step.images)
+    return forward, 2 * forward if config.student.train_vision else 0.0
+
+
 def operations_of(config: Config, step: Step, student: ModelShape, frozen: dict[str, ModelShape]) -> Operations:
     """All operations; ``frozen``: shapes by role, teachers with equal shares of the rollouts, and "reference"."""
     teachers = {role: shape for role, shape in frozen.items() if role != REFERENCE}
     forward, backward, recompute = training_flops(config, step, student)
+    tower_forward, tower_backward = tower_flops(config, step, student)
     return Operations(
         generation=generation_flops(student, step),
         teachers=sum(scoring_flops(shape, step, 1 / len(teachers)) for shape in teachers.values()),
         reference=scoring_flops(frozen[REFERENCE], step, 1.0) if REFERENCE in frozen else 0.0,
-        forward=forward,
-        backward=backward,
+        forward=forward + tower_forward,
+        backward=backward + tower_backward,
         recompute=recompute,
     )
 

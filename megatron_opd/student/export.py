@@ -81,12 +81,16 @@ def write_hf(
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config and tokenizer files; config.json names the dtype of the weights beside it."""
+    """Copy config, tokenizer and image processor files; config.json names the dtype of the weights beside it."""
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     config_path = target / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 and 4
-    config[key] = next(name for name, value in DTYPES.items() if value == dtype)
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    config[key] = name
+    for part in ("text_config", "vision_config"):  # of a multimodal model, which may repeat it
+        if key in config.get(part, {}):
+            config[part][key] = name
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_opd.errors import ModelError, OpdError
+from megatron_opd.runtime.vision import text_config
 from megatron_opd.student.sizes import experts_field, has_experts, read_size
+from megatron_opd.student.vision_sizes import has_vision
+from megatron_opd.student.vision_weights import PREFIXES, other_names, tower_shapes
 
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16"}  # those of safetensors, and ours
@@ -41,21 +44,25 @@ def expected_shapes(folder: Path, hf_config: dict[str, Any]) -> dict[str, tuple[
         return read_size(folder, hf_config, field)
 
     hidden, vocab = size("hidden_size"), size("vocab_size")
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    model = PREFIXES[hf_config["model_type"]].text if has_vision(hf_config) else "model."
+    found: dict[str, tuple[int, ...]] = {f"{model}embed_tokens.weight": (vocab, hidden)}
     for layer in range(size("num_hidden_layers")):
-        prefix = f"model.layers.{layer}."
+        prefix = f"{model}layers.{layer}."
         parts = _attention(hf_config, size) | _feed_forward(hf_config, size)
         found |= {prefix + name: shape for name, shape in parts.items()}
-    found["model.norm.weight"] = (hidden,)
+    found[f"{model}norm.weight"] = (hidden,)
     if not hf_config.get("tie_word_embeddings", False):
         found["lm_head.weight"] = (vocab, hidden)
-    return found
+    return found | (tower_shapes(folder, hf_config) if has_vision(hf_config) else {})
 
 
 def weight_mistakes(folder: Path, hf_config: dict[str, Any]) -> list[OpdError]:
     """What is wrong with the weight files of ``folder``: missing, cut off, or not those of the model."""
     try:
-        return list(_differences(folder, expected_shapes(folder, hf_config), read_headers(folder)))
+        found = read_headers(folder)
+        if (error := other_names(folder, hf_config, found)) is not None:
+            return [error]
+        return list(_differences(folder, expected_shapes(folder, hf_config), found))
     except ModelError as error:
         return [error]
 
@@ -96,16 +103,16 @@ def weights_dtype(folder: Path) -> str:
 
 
 def _attention(hf_config: dict[str, Any], size: Callable[[str], int]) -> dict[str, tuple[int, ...]]:
-    kind = hf_config["model_type"]
+    kind, text = hf_config["model_type"], text_config(hf_config)
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    groups = hf_config.get("num_key_value_heads") or heads
-    usual = _QWEN3_HEAD_DIM if kind == "qwen3" and "head_dim" not in hf_config else hidden // heads
-    head = hf_config.get("head_dim") or usual
+    groups = text.get("num_key_value_heads") or heads
+    usual = _QWEN3_HEAD_DIM if kind in ("qwen3", "qwen3_vl") and "head_dim" not in text else hidden // heads
+    head = text.get("head_dim") or usual
     outputs = {"q_proj": heads * head, "k_proj": groups * head, "v_proj": groups * head}
     found: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     found |= {f"self_attn.{name}.weight": (output, hidden) for name, output in outputs.items()}
     found["self_attn.o_proj.weight"] = (hidden, heads * head)
-    if kind == "qwen2":
+    if kind in ("qwen2", "qwen2_5_vl"):
         found |= {f"self_attn.{name}.bias": (output,) for name, output in outputs.items()}
     if kind.startswith("qwen3"):
         found |= {f"self_attn.{name}.weight": (head,) for name in ("q_norm", "k_norm")}

@@ -9,9 +9,11 @@ from typing import Any
 
 from megatron_opd.config import Config, StudentConfig
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
+from megatron_opd.runtime.vision import text_config
+from megatron_opd.student.vision_sizes import VISION_TYPES, check_vision, vision_mistakes
 
-# Decoders that mbridge converts and decoder_spec builds.
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# Decoders that mbridge converts and decoder_spec builds, and those with a vision tower in front.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *VISION_TYPES)
 
 # Fields of config.json that change the arithmetic and that the conversion does not carry over.
 _FIXED_FIELDS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -60,7 +62,7 @@ def student_mistakes(student: StudentConfig, hf_config: dict[str, Any]) -> list[
         split = list(_split_mistakes(student, hf_config))
     except ModelError as error:
         return [error]
-    return [*split, *_layout_mistakes(student)]
+    return [*split, *_layout_mistakes(student), *vision_mistakes(student, hf_config)]
 
 
 def check_world_size(student: StudentConfig, world_size: int) -> None:
@@ -87,16 +89,20 @@ def _check_model(student: StudentConfig, hf_config: dict[str, Any]) -> None:
             got=model_type,
             expected=" or ".join(MODEL_TYPES),
         )
+    text = text_config(hf_config)
     fixed = _FIXED_FIELDS | (_FIXED_EXPERT_FIELDS if has_experts(hf_config) else {})
     for field, expected in fixed.items():
-        if hf_config.get(field, expected) != expected:
+        if text.get(field, expected) != expected:
             raise ModelError(
                 "The student uses a feature that is not supported",
-                where=f"{where}: {field}",
-                got=hf_config[field],
+                where=f"{where}: {_path(hf_config, field)}",
+                got=text[field],
                 expected=expected,
             )
-    _check_rope(where, hf_config)
+    if model_type in VISION_TYPES:
+        check_vision(student.model, hf_config)
+    else:
+        _check_rope(where, hf_config)
     if model_type == "mistral":
         _check_window(where, hf_config)
 
@@ -147,16 +153,11 @@ def _split_mistakes(student: StudentConfig, hf_config: dict[str, Any]) -> Iterat
         return read_size(student.model, hf_config, field)
 
     heads = size("num_attention_heads")
+    groups = text_config(hf_config).get("num_key_value_heads") or heads
     tensor, stages = student.tensor_parallel, student.pipeline_parallel * student.virtual_pipeline
     shares = [
         ("attention heads", heads, tensor, "tensor-parallel ranks", "tensor_parallel"),
-        (
-            "key-value heads",
-            hf_config.get("num_key_value_heads") or heads,
-            tensor,
-            "tensor-parallel ranks",
-            "tensor_parallel",
-        ),
+        ("key-value heads", groups, tensor, "tensor-parallel ranks", "tensor_parallel"),
         ("layers", size("num_hidden_layers"), stages, "pipeline stages", "pipeline_parallel, student.virtual_pipeline"),
     ]
     if has_experts(hf_config):
@@ -297,13 +298,18 @@ def _schedule_mistakes(config: Config) -> Iterator[OpdError]:
 
 
 def read_size(model: Path, hf_config: dict[str, Any], field: str) -> int:
-    """A size out of the config.json of the folder ``model``. Raises ModelError when it has none."""
-    size = hf_config.get(field)
+    """A size of the language model out of the config.json of the folder ``model``. Raises ModelError for none."""
+    size = text_config(hf_config).get(field)
     if not isinstance(size, int) or size < 1:
         raise ModelError(
             "The student's config.json lacks a size",
-            where=f"{model / 'config.json'}: {field}",
+            where=f"{model / 'config.json'}: {_path(hf_config, field)}",
             got=size,
             expected="a positive whole number",
         )
     return size
+
+
+def _path(hf_config: dict[str, Any], field: str) -> str:
+    """Where in config.json a field of the language model is."""
+    return field if text_config(hf_config) is hf_config else f"text_config.{field}"

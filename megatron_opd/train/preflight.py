@@ -13,6 +13,8 @@ from megatron_opd.engines.vllm_command import check_vllm_python
 from megatron_opd.errors import ConfigError, ModelError, OpdError, raise_together
 from megatron_opd.observe.sinks import check_sinks
 from megatron_opd.runtime.env import secret
+from megatron_opd.runtime.vision import text_config
+from megatron_opd.student.hf_weights import weight_mistakes
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
 
 
@@ -28,7 +30,7 @@ def _mistakes(config: Config) -> Iterator[OpdError]:
     yield from missing
     if missing:
         return  # what follows reads the models
-    yield from size_mistakes(config, read_hf_config(config.student.model))
+    yield from model_mistakes(config)
     yield from fit_mistakes(config)
     yield from tokenizer_mistakes(config)
     yield from attempt(lambda: check_inputs(config, load_tokenizer(config.student.model)))
@@ -50,6 +52,14 @@ def missing_models(config: Config) -> Iterator[OpdError]:
     """Folders that hold no checkpoint."""
     for key, model in models_of(config).items():
         yield from attempt(lambda k=key, m=model: check_model(k, m))
+
+
+def model_mistakes(config: Config) -> list[OpdError]:
+    """What is wrong with the student's sizes, and with its weights where its model is one that we build."""
+    hf_config = read_hf_config(config.student.model)
+    sizes = size_mistakes(config, hf_config)
+    known = not any(isinstance(error, ModelError) for error in sizes)
+    return [*sizes, *(weight_mistakes(config.student.model, hf_config) if known else [])]
 
 
 def fit_mistakes(config: Config) -> Iterator[OpdError]:
@@ -121,7 +131,7 @@ def longest_of(config: Config) -> dict[str, int]:
 
 def check_context(key: str, model: Path, longest: dict[str, int]) -> None:
     """Raise ConfigError when the ``longest`` prompt and response do not fit into the context of ``model``."""
-    context = read_hf_config(model).get("max_position_embeddings")
+    context = text_config(read_hf_config(model)).get("max_position_embeddings")
     total = sum(longest.values())
     if context is not None and total > context:
         raise ConfigError(
@@ -135,7 +145,7 @@ def check_context(key: str, model: Path, longest: dict[str, int]) -> None:
 
 def _check_top_k(key: str, model: Path, top_k: int) -> None:
     """A server ends at the first request for more tokens than its vocabulary has."""
-    vocab_size = read_hf_config(model).get("vocab_size")
+    vocab_size = text_config(read_hf_config(model)).get("vocab_size")
     if vocab_size is not None and top_k > vocab_size:
         raise ConfigError(
             "More most likely tokens are asked for than the model's vocabulary has",
