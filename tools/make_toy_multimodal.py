@@ -2,8 +2,8 @@
 
     python tools/make_toy_multimodal.py [--out tools/toy_multimodal] [--only data|teacher|student] [--steps N]
 
-The teacher learns to read bar charts from clean solutions.  The student has the teacher's vision tower, as models of
-one family do, and a language model of its own that learns charts and the text world's code from mostly careless
+The teacher learns to read dice from clean solutions.  The student has the teacher's vision tower, as models of
+one family do, and a language model of its own that learns dice and the text world's code from mostly careless
 solutions.  So its tower can stay frozen when it is distilled, and the text-only code teacher of ``tools/toy`` can teach
 it too.
 """
@@ -27,8 +27,8 @@ from toy_multimodal.world import stream
 from transformers import PreTrainedTokenizerBase
 
 RECIPES = {
-    "teacher": Recipe(("chart",), careless=0.004, steps=1200, seed=2, soften=0.75),
-    "student": Recipe(("chart", "code"), careless=0.88, steps=2000, seed=1),
+    "teacher": Recipe(("dice",), careless=0.004, steps=1800, seed=2, soften=0.75),
+    "student": Recipe(("dice", "code"), careless=0.88, steps=2000, seed=1),
 }
 SHIPPED = Path(__file__).resolve().parent / "toy_multimodal"
 ROWS = {"train": 600, "eval": 200}  # of each domain
@@ -48,21 +48,21 @@ def problems(domain: str, split: str, count: int) -> list[Problem]:
 def record(name: str, problem: Problem) -> dict[str, object]:
     """One line of a data file; images are PNG files as base64."""
     row = {"id": name, "domain": problem.domain, "prompt": problem.prompt, "answer": problem.answer}
-    charts = getattr(problem, "charts", ())
-    return row | ({"images": [base64.b64encode(c.png()).decode() for c in charts]} if charts else {})
+    pictures = getattr(problem, "pictures", ())
+    return row | ({"images": [base64.b64encode(picture.png()).decode() for picture in pictures]} if pictures else {})
 
 
 def write_data(folder: Path) -> None:
-    """Write ``chart_*.jsonl`` with charts alone, and ``cross_*.jsonl`` with code among them in mixed order."""
+    """Write ``dice_*.jsonl`` with dice alone, and ``cross_*.jsonl`` with code among them in mixed order."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in ROWS.items():
         rows = {
             domain: [record(f"{domain}-{split}-{i}", p) for i, p in enumerate(problems(domain, split, count))]
-            for domain in ("chart", "code")
+            for domain in ("dice", "code")
         }
-        mixed = [*rows["chart"], *rows["code"]]
+        mixed = [*rows["dice"], *rows["code"]]
         random.Random(DATA_SEED).shuffle(mixed)
-        for name, lines in (("chart", rows["chart"]), ("cross", mixed)):
+        for name, lines in (("dice", rows["dice"]), ("cross", mixed)):
             with open(folder / f"{name}_{split}.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 

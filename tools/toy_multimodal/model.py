@@ -45,6 +45,7 @@ VISION = {
     "deepstack_visual_indexes": [0, 1],
 }
 IDS = {"vision_start_token_id": 512, "vision_end_token_id": 513, "image_token_id": 514, "video_token_id": 515}
+TOWER_START = 3.0  # times the usual initial weights of the tower
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen3VLProcessor",
@@ -61,7 +62,11 @@ def new_model(seed: int) -> Qwen3VLForConditionalGeneration:
     """An untrained model; two levels of the tower go to the first two layers of the language model."""
     torch.manual_seed(seed)
     config = Qwen3VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True, **IDS)
-    return Qwen3VLForConditionalGeneration(config)
+    model = Qwen3VLForConditionalGeneration(config)
+    with torch.no_grad():  # from the library's small weights the tower hardly learns at first
+        for weight in model.model.visual.parameters():
+            weight.mul_(TOWER_START if weight.dim() > 1 else 1.0)
+    return model
 
 
 def load_model(folder: Path) -> Qwen3VLForConditionalGeneration:

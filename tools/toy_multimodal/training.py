@@ -14,7 +14,7 @@ import torch
 from toy.grade import GRADERS, grade_math
 from toy.training import BATCH, IGNORE, POOL, Recipe
 from toy.world import Problem
-from toy_multimodal.charts import PALETTE, Chart
+from toy_multimodal.dice import PALETTE, Picture
 from toy_multimodal.model import PATCH, SIDE, patches
 from toy_multimodal.tokenizer import IMAGE, chat_ids
 from toy_multimodal.world import stream
@@ -25,21 +25,21 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of a prompt and perhaps its solution, where the solution starts, and the charts of the prompt."""
+    """Token ids of a prompt and perhaps its solution, where the solution starts, and the pictures of the prompt."""
 
     ids: list[int]
     start: int
-    charts: tuple[Chart, ...]
+    pictures: tuple[Picture, ...]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, solution: str | None) -> Row:
     """One problem as a row; None leaves the solution to the model."""
-    charts = getattr(problem, "charts", ())
-    prompt = chat_ids(tokenizer, problem.prompt, [c.width * c.height // SIDE**2 for c in charts])
+    pictures = getattr(problem, "pictures", ())
+    prompt = chat_ids(tokenizer, problem.prompt, [c.width * c.height // SIDE**2 for c in pictures])
     if solution is None:
-        return Row(prompt, len(prompt), charts)
+        return Row(prompt, len(prompt), pictures)
     answer = tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    return Row(prompt + answer, len(prompt), charts)
+    return Row(prompt + answer, len(prompt), pictures)
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, left: bool = False) -> Inputs:
@@ -52,11 +52,11 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, left: bo
         ids[i, place], mask[i, place] = torch.tensor(row.ids), 1
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == image).int()}
-    charts = [chart for row in rows for chart in row.charts]
-    if charts:
+    pictures = [picture for row in rows for picture in row.pictures]
+    if pictures:
         colours = np.array(PALETTE, dtype=np.uint8)
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate([patches(colours[c.pixels()]) for c in charts]))
-        inputs["image_grid_thw"] = torch.tensor([[1, c.height // PATCH, c.width // PATCH] for c in charts])
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([patches(colours[c.pixels()]) for c in pictures]))
+        inputs["image_grid_thw"] = torch.tensor([[1, c.height // PATCH, c.width // PATCH] for c in pictures])
     return inputs
 
 
