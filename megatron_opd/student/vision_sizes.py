@@ -115,7 +115,11 @@ def _check_tower(model: Path, hf_config: dict[str, Any]) -> None:
     sizes = {field: tower_size(model, hf_config, field) for field in _TOWER_SIZES + _OWN_SIZES[kind]}
     rules = [
         ("in_channels", tower.get("in_channels", tower.get("in_chans", _COLOURS)), _COLOURS),
-        ("out_hidden_size", sizes["out_hidden_size"], text_config(hf_config).get("hidden_size")),
+        (
+            "out_hidden_size",
+            sizes["out_hidden_size"],
+            text_config(hf_config).get("hidden_size", sizes["out_hidden_size"]),
+        ),
     ]
     for field, found, expected in rules:
         if found != expected:

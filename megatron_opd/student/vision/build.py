@@ -19,6 +19,8 @@ def build_seeing(bridge: Bridge, train_vision: bool, options: dict[str, Any]) ->
     tower = None
     if options["pre_process"]:
         tower = build_tower(bridge.family, bridge.vision_config, bridge.dtype, bridge.config.sequence_parallel)
+        if bridge.config.recompute_granularity == "full":
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
     return SeeingModel(
         **options | {"transformer_layer_spec": seeing(options["transformer_layer_spec"])},
         position_embedding_type="none",

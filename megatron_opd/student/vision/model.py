@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -33,8 +34,8 @@ class SeeingLayer(TransformerLayer):
         packing, level = options["packed_seq_params"], self.layer_number - 1
         if level < len(packing.levels):
             images = packing.images
-            added = packing.levels[level].index_select(0, images.features).unsqueeze(1)
-            hidden = hidden.index_add(0, images.tokens, added.to(hidden.dtype))
+            added = packing.levels[level].index_select(0, images.features)
+            hidden = hidden.index_add(0, images.tokens, added.unsqueeze(1))
         return hidden, context
 
 
@@ -61,8 +62,9 @@ class SeeingModel(GPTModel):
         self._rotary = rotary
         self._train_vision = train_vision
         if tower is not None:
-            self.visual = tower
             tower.requires_grad_(train_vision)
+            # First, as it runs first: the order of parameters is that in which data-parallel copies gather them.
+            self._modules = {"visual": tower, **self._modules}
 
     def train(self, mode: bool = True) -> SeeingModel:
         """A frozen tower stays as it is."""
@@ -85,37 +87,47 @@ class SeeingModel(GPTModel):
         )
         hidden = None
         if self.pre_process:
+            features = self._features(packing.images)
             hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            hidden, packing.levels = self._see(hidden, packing.images)
+            hidden, packing.levels = self._placed(hidden, packing.images, features)
         return super().forward(input_ids, position_ids, attention_mask, decoder_input=hidden, packed_seq_params=packing)
 
-    def _see(self, hidden: torch.Tensor, images: Placed | None) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Embeddings [T, 1, H] with features in the place of placeholders, and the features of each level."""
-        learning = self._train_vision and torch.is_grad_enabled()
+    def _features(self, images: Placed | None) -> list[torch.Tensor]:
+        """What the tower makes of the images, [F, H] for each level; of a blank one where a rank of several has none.
+
+        All copies of a tower that learns must gather its weights and reduce its gradient in the same order.
+        """
+        if images is not None:
+            reader = images.reader
+            patches, grid = reader.patches(images.hashes, images.sizes), reader.grid(images.sizes)
+        elif self._train_vision:
+            patches, grid = _blank(self.visual.config)
+        else:
+            return []
+        with torch.set_grad_enabled(self._train_vision and torch.is_grad_enabled()):
+            return tower_features(self.visual, patches, grid)
+
+    def _placed(
+        self, hidden: torch.Tensor, images: Placed | None, features: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Embeddings [T, 1, H] with features in the place of placeholders, and the features that layers add."""
         if images is None:
-            return (self._see_nothing(hidden) if learning else hidden), ()
-        patches = images.reader.patches(images.hashes, images.sizes)
-        with torch.set_grad_enabled(learning):
-            first, *levels = tower_features(self.visual, patches, images.reader.grid(images.sizes))
-        placed = first.index_select(0, images.features).unsqueeze(1).to(hidden.dtype)
-        hidden = hidden.index_copy(0, images.tokens, placed)
-        if not learning:
+            for blank in features:  # a gradient of zero for the tower
+                hidden = hidden + 0.0 * blank.sum()
+            return hidden, ()
+        first, *levels = features
+        hidden = hidden.index_copy(0, images.tokens, first.index_select(0, images.features).unsqueeze(1))
+        if not first.requires_grad:
             return hidden, tuple(levels)
         leaves = tuple(level.detach().requires_grad_() for level in levels)
         return _GiveBack.apply(hidden, leaves, *levels), leaves
 
-    def _see_nothing(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``hidden``, with a gradient of zero for the tower.
 
-        All data-parallel ranks must reduce the gradient, and gather the weights, of the same parameters in the same
-        order, whoever has images.
-        """
-        config = self.visual.config
-        merge = config.spatial_merge_size
-        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        blank = torch.zeros(merge * merge, values).numpy()
-        features = tower_features(self.visual, blank, torch.tensor([[1, merge, merge]]).numpy())
-        return hidden + 0.0 * sum(part.sum() for part in features).to(hidden.dtype)
+def _blank(config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Patches and grid of the smallest image that a tower with transformers' ``config`` can read."""
+    merge = config.spatial_merge_size
+    values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    return np.zeros((merge * merge, values), np.float32), np.array([[1, merge, merge]])
 
 
 class _GiveBack(torch.autograd.Function):

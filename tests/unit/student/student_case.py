@@ -249,7 +249,11 @@ def slow_stale_loss(current: torch.Tensor, behaviour: float, advantage: float, s
 
 def slow_reference(folder: Path, samples: list[Sample]) -> dict[str, Any]:
     """Loss, gradients and weights after one AdamW step, one sample and one token at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return slow_step(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), samples)
+
+
+def slow_step(model: Any, samples: list[Sample]) -> dict[str, Any]:
+    """The same for a model that is there."""
     loss = torch.zeros(())
     for sample in samples:
         for position, row in enumerate(all_logprobs(model, sample.tokens)):

@@ -130,7 +130,8 @@ def gradients(student: Student) -> dict[str, torch.Tensor]:
                 piece = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, piece, group=group)
         for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad)
+            if parameter.requires_grad:
+                parameter.data.copy_(parameter.main_grad)
     return exported(student)
 
 
