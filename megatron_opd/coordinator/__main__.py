@@ -26,6 +26,7 @@ from megatron_opd.coordinator.watchdog import watch
 from megatron_opd.data.inputs import open_stream, read_held_out
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.engines.connect import new_pool
+from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import EngineError
@@ -64,7 +65,8 @@ async def coordinate(run: RunDirectory) -> None:
         await _serve(stack, make_app(board, token(), exposition), endpoints.coordinator)
         attempts, top_k, seed = config.scoring.attempts, config.scoring.top_k, config.sampling_seed
         probe = partial(holds, board=board)
-        servers = new_pool(stack, "rollout", config.engine, config.rollout.server, endpoints.rollout, probe)
+        server, images = config.rollout.server, ImageFolder(config.images_folder)
+        servers = new_pool(stack, "rollout", config.engine, server, endpoints.rollout, probe, images)
         await asyncio.gather(*(client.wait_until_ready(config.engine.start_timeout_s) for client in servers.clients))
         teachers = await start_teachers(stack, config, endpoints.teachers, endpoints.reference)
         logger.info("all servers answer: %s", endpoints)
@@ -78,7 +80,9 @@ async def coordinate(run: RunDirectory) -> None:
             stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed, activity.advance),
             student_sampler=RolloutEngine(servers, tokenizer, attempts, seed=seed, refreshed=True),
             teacher_samplers={
-                domain: RolloutEngine(teacher.replicas, tokenizer, attempts, seed=seed)
+                domain: RolloutEngine(
+                    teacher.replicas, tokenizer, attempts, seed=seed, leave_out_images=teacher.leaves_out_images
+                )
                 for domain, teacher in teachers.teachers.items()
             },
             attention_length=12.0 * _model_fact(config.student.model, "hidden_size"),

@@ -148,6 +148,7 @@ def _job(config: Config, folder: Folder) -> Job:
         server=config.rollout.server,
         server_key="rollout.server",
         logs=folder.path / "logs",
+        images=config.images_folder,
         verifiers=config.verifiers,
         draws=dict.fromkeys(config.teachers, draw),
         attempts=config.scoring.attempts,

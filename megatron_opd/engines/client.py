@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 from aiohttp import BytesPayload
 
+from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.request_json import request_json
 from megatron_opd.errors import EngineError
 from megatron_opd.runtime.http import READY_S, fetch, new_session, parse_json, wait_until_ready
@@ -22,7 +23,8 @@ class EngineClient:
 
     timeout_s, prompt_token_s, new_token_s: longest wait for an answer, and what each token of the request and each that
     may be sampled adds to it. The clock starts when a request is sent, not while it waits for one of the
-    ``max_concurrency`` places. api_key: bearer token; it is only ever in the session's headers.
+    ``max_concurrency`` places. api_key: bearer token; it is only ever in the session's headers. images: of prompts;
+    None: no prompt has any.
     """
 
     ready_path: str  # answers 200 when the server takes requests
@@ -37,8 +39,10 @@ class EngineClient:
         prompt_token_s: float = 0.0,
         new_token_s: float = 0.0,
         api_key: str | None = None,
+        images: ImageFolder | None = None,
     ) -> None:
         self.url = url.rstrip("/")
+        self._images = images
         self._timeout_s, self._prompt_token_s, self._new_token_s = timeout_s, prompt_token_s, new_token_s
         self._session = new_session(
             timeout_s=timeout_s, max_connections=max_concurrency + SPARE_CONNECTIONS, token=api_key

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from megatron_opd.config import EngineConfig, ServerConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.runtime.env import engine_environment
+from megatron_opd.runtime.vision import has_vision
 
 LAUNCHER = Path(__file__).with_name("sglang_launcher.py")
 CPU_CACHE_TOKENS = 65536  # a CPU machine's memory is shared with the trainer, so the cache gets a fixed size
@@ -67,15 +68,20 @@ def server_argv(
             *("--max-total-tokens", str(engine.max_total_tokens or CPU_CACHE_TOKENS)),
             *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
         ]
+        argv += ["--mm-attention-backend", "sdpa"] if has_vision(model) else []
     else:
         argv += ["--mem-fraction-static", str(engine.memory_fraction)]
         argv += ["--max-total-tokens", str(engine.max_total_tokens)] if engine.max_total_tokens else []
     return argv
 
 
-def server_environment(engine: EngineConfig, server: ServerConfig, replica: int = 0) -> dict[str, str]:
-    """Environment of that server, one of ``server.replicas``."""
+def server_environment(
+    engine: EngineConfig, server: ServerConfig, replica: int = 0, *, frozen: bool = False
+) -> dict[str, str]:
+    """Environment of that server, one of ``server.replicas``; ``frozen`` as above."""
     values = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+    if not frozen:  # SGLang would go on with what the vision tower made of an image before its weights were refreshed
+        values |= {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
     if resolve_device(engine.device) == "cpu":
         values |= {"OMP_NUM_THREADS": "1"}
     return engine_environment(**values, **gpu_variable(server, replica))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_opd.engines.images import without_images
 from megatron_opd.engines.sampling import Generation, Sampling
-from megatron_opd.records import Prompt, Rollout
+from megatron_opd.records import Image, Prompt, Rollout
 from megatron_opd.runtime.http import TransientError
 from megatron_opd.runtime.replicas import ReplicaPool
 
@@ -22,9 +24,14 @@ class SamplingClient(Protocol):
     url: str
 
     async def generate(
-        self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling, top_ids: int = 0
+        self,
+        prompt_ids: tuple[int, ...],
+        samples: int,
+        sampling: Sampling,
+        top_ids: int = 0,
+        images: Sequence[Image] = (),
     ) -> list[Generation]:
-        """Draw ``samples`` responses to one prompt. Raises EngineError."""
+        """Draw ``samples`` responses to one prompt, in which ``images`` have their places. Raises EngineError."""
 
 
 class RolloutEngine:
@@ -33,7 +40,8 @@ class RolloutEngine:
     ``top_ids``: most likely ids that are fetched in the place of each token; 0 fetches none. ``seed``: of all
     responses, which then depend on nothing but the weights; needs a server in deterministic mode. None: no seeds.
     ``refreshed``: whether a trainer gives the servers their weights. One that is started again has those of its folder
-    until it gets others, and what it samples until then is nobody's: it counts as a failure.
+    until it gets others, and what it samples until then is nobody's: it counts as a failure. ``leave_out_images``: of
+    what the servers are asked, for a model that sees none.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class RolloutEngine:
         seed: int | None = None,
         *,
         refreshed: bool = False,
+        leave_out_images: bool = False,
     ) -> None:
         self.replicas = replicas
         self._tokenizer = tokenizer
@@ -52,6 +61,7 @@ class RolloutEngine:
         self._top_ids = top_ids
         self._seed = seed
         self._refreshed = refreshed
+        self._leave_out_images = leave_out_images
 
     async def sample_group(
         self,
@@ -83,7 +93,11 @@ class RolloutEngine:
         )
 
     async def _ask(self, client: SamplingClient, prompt: Prompt, samples: int, sampling: Sampling) -> list[Generation]:
-        generations = await client.generate(prompt.token_ids, samples, sampling, self._top_ids)
+        if self._leave_out_images:
+            ids, images = without_images(prompt), ()
+        else:
+            ids, images = prompt.token_ids, prompt.images
+        generations = await client.generate(ids, samples, sampling, self._top_ids, images)
         if self._refreshed and any(int(generation.versions.min()) < 0 for generation in generations):
             what = "A rollout engine has been started again and has no weights of this run yet"
             raise TransientError(what, kind="weights", where=client.url)

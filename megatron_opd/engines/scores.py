@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_opd.records import TopRows
+from megatron_opd.records import Image, TopRows
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -24,6 +24,7 @@ class ScoreRequest:
     prompt_length: int  # P, at least 1
     top_k: int  # K, 0: no rows
     vocab_size: int  # rows of the model's output, padding among them
+    images: tuple[Image, ...] = ()  # of the prompt, whose placeholders are in token_ids
 
     @property
     def start(self) -> int:
@@ -46,6 +47,7 @@ class PromptScores:
     finish_reason: str
     model: str | None  # what the answer calls the model; None where it does not
     weight_version: str | None  # likewise
+    image_tokens: int | None = None  # placeholders that the server counted; None where it does not tell
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,13 @@ class ScoringClient(Protocol):
 
     url: str
 
-    async def prompt_logprobs(self, token_ids: TokenIds, start: int, top_k: int = 0) -> dict:
-        """Raw reply with log-probs of positions ``start``.. of ``token_ids``. Raises EngineError."""
+    async def prompt_logprobs(
+        self, token_ids: TokenIds, start: int, top_k: int = 0, images: Sequence[Image] = ()
+    ) -> dict:
+        """Raw reply with log-probs of positions ``start``.. of ``token_ids``, in which ``images`` have their places.
+
+        Raises EngineError.
+        """
 
     def read_scores(self, reply: dict, request: ScoreRequest, require: Require) -> PromptScores:
         """What ``reply`` says. KeyError, TypeError, ValueError, OverflowError: it is malformed."""

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_opd.engines import sglang_scores
 from megatron_opd.engines.client import EngineClient
+from megatron_opd.engines.image_layout import ImageLayout
+from megatron_opd.engines.images import collapsed
 from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Sampling
 from megatron_opd.engines.scores import Served, TokenIds
 from megatron_opd.engines.token_rows import parse_answer, split_rows
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, check_rows, rows_from_lists
 from megatron_opd.errors import EngineError
+from megatron_opd.records import Image
 from megatron_opd.runtime.http import BadReply, TransientError
 
 TOP_ID_BYTES = 64  # of one most likely token of a sampled one, which come as lists
 
 
 class SGLangClient(EngineClient):
-    """One server."""
+    """One server; ``settings`` as ``EngineClient`` has them."""
 
     ready_path = "/ready"
     read_answer = staticmethod(parse_answer)
     read_scores = staticmethod(sglang_scores.read_scores)
+
+    def __init__(self, url: str, **settings: Any) -> None:
+        super().__init__(url, **settings)
+        self._layout = ImageLayout(self.url)
 
     # ------------------------------------------------------------------ facts
 
@@ -48,15 +57,19 @@ class SGLangClient(EngineClient):
     # --------------------------------------------------------------- sampling
 
     async def generate(
-        self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling, top_ids: int = 0
+        self,
+        prompt_ids: tuple[int, ...],
+        samples: int,
+        sampling: Sampling,
+        top_ids: int = 0,
+        images: Sequence[Image] = (),
     ) -> list[Generation]:
         """Draw ``samples`` responses to one prompt, each token with the ``top_ids`` most likely ids in its place.
 
         A ``top_ids`` above the model's vocabulary ends the whole server. Raises TransientError when the server aborted
         a response, EngineError when its answer breaks the contract.
         """
-        body = {
-            "input_ids": list(prompt_ids),
+        body = await self._prompt_body(prompt_ids, images) | {
             "sampling_params": {
                 "n": samples,
                 "temperature": sampling.temperature,
@@ -77,9 +90,14 @@ class SGLangClient(EngineClient):
         replies = answer if isinstance(answer, list) else [answer]
         self._check(len(replies) == samples, "number of responses", len(replies), samples)
         try:
-            return [self._parse_generation(reply, top_ids) for reply in replies]
+            generations = [self._parse_generation(reply, top_ids) for reply in replies]
+            if images:
+                for reply in replies:
+                    self._layout.check_counts(reply["meta_info"], len(prompt_ids), images)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise EngineError("The server's response is malformed", where=self.url, got=repr(error)) from error
+        await self._check_places(prompt_ids, images)
+        return generations
 
     def _parse_generation(self, reply: dict, top_ids: int) -> Generation:
         meta, token_ids = reply["meta_info"], np.asarray(reply["output_ids"], dtype=np.int64)
@@ -115,14 +133,20 @@ class SGLangClient(EngineClient):
 
     # ---------------------------------------------------------------- scoring
 
-    async def prompt_logprobs(self, token_ids: TokenIds, start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(
+        self, token_ids: TokenIds, start: int, top_k: int = 0, images: Sequence[Image] = ()
+    ) -> dict:
         """Raw reply to a request that samples nothing and returns log-probs of positions ``start``.. of ``token_ids``.
 
         The log-probs are those of temperature 1, whatever a request asks for. ``top_k`` adds rows of as many most
         likely tokens, in base64; above the model's vocabulary it ends the whole server.
         """
-        body = {
-            "input_ids": np.asarray(token_ids),
+        reply = await self._score(token_ids, start, top_k, images)
+        await self._check_places(token_ids[: start + 1], images)
+        return reply
+
+    async def _score(self, token_ids: TokenIds, start: int, top_k: int, images: Sequence[Image]) -> dict:
+        body = await self._prompt_body(token_ids, images) | {
             "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
             "return_logprob": True,
             "logprob_start_len": start,
@@ -135,6 +159,30 @@ class SGLangClient(EngineClient):
         reply = await self._post("/generate", body, prompt_tokens=len(token_ids), max_bytes=longest)
         self._check_request(reply, body["rid"])
         return reply
+
+    # ----------------------------------------------------------------- images
+
+    async def _prompt_body(self, token_ids: TokenIds, images: Sequence[Image]) -> dict:
+        """The part of a request that is the prompt: one placeholder, and one PNG file, for each image."""
+        if not images:
+            return {"input_ids": np.asarray(token_ids)}
+        if self._images is None:
+            what = "A prompt has images, and it is not known where they are"
+            raise EngineError(what, kind="request", where=self.url, got=f"{len(images)} images")
+        return {"input_ids": collapsed(token_ids, images), "image_data": await self._images.encoded(images)}
+
+    async def _check_places(self, token_ids: TokenIds, images: Sequence[Image]) -> None:
+        """After an answer, and not before it, so that the cache is as cold as it was for the first one."""
+
+        async def echo(ids: TokenIds) -> np.ndarray:
+            reply = await self._score(ids, 0, 0, images)
+            try:
+                self._layout.check_counts(reply["meta_info"], len(ids), images)
+                return split_rows(reply["meta_info"]["input_token_logprobs"])[1]
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise EngineError("The server's answer is malformed", where=self.url, got=repr(error)) from error
+
+        await self._layout.check_places(token_ids, images, echo)
 
     def _check_request(self, reply: object, name: str) -> None:
         """Two prompts may end in the same response: ids alone do not tell whose answer this is."""

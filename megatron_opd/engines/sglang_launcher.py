@@ -6,12 +6,14 @@ With ``--device cpu`` it stands in for three things that SGLang 0.5.21 expects a
 compiled ``sgl_kernel`` package (only its entry points are named; the pure torch paths do the work), Triton, and the
 operator library of torchvision, whose wheel is a CUDA build. With ``--enable-deterministic-inference`` as well it also
 stands in for SGLang's kernels of that mode, which are written in Triton: matrix products whose rows do not depend on
-the other rows of the batch, and the hash behind seeded sampling. On a GPU nothing is touched.
+the other rows of the batch, and the hash behind seeded sampling. For a multimodal model it also answers for operators
+that modules name while they are imported. On a GPU nothing is touched.
 """
 
 import ctypes
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import platform
@@ -51,6 +53,17 @@ def declare_torchvision_operators() -> object | None:
     return library
 
 
+def missing(name: str):
+    """What stands for a function of ``sgl_kernel``: it may be imported, and raises when it is called."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def raise_by_name(*args, **kwargs):
+        raise NotImplementedError(f"sgl_kernel.{name} does not exist in a CPU-only environment")
+
+    return raise_by_name
+
+
 def stand_in_for_sgl_kernel() -> None:
     """Register a ``sgl_kernel`` whose one working function fills the request-to-token table; the rest raise by name."""
     import torch
@@ -60,15 +73,6 @@ def stand_in_for_sgl_kernel() -> None:
         for request, start, end in zip(request_indices.tolist(), starts.tolist(), ends.tolist(), strict=True):
             table[request, start:end] = locations[taken : taken + end - start].to(torch.int32)
             taken += end - start
-
-    def missing(name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def raise_by_name(*args, **kwargs):
-            raise NotImplementedError(f"sgl_kernel.{name} does not exist in a CPU-only environment")
-
-        return raise_by_name
 
     module = types.ModuleType("sgl_kernel")
     module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
@@ -96,14 +100,55 @@ def stand_in_for_triton() -> None:
         sys.platform, platform.machine, torch.backends.mps.is_available = true_values
 
 
+def argument(name: str) -> str | None:
+    """The value after ``name`` on the command line; None without it."""
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv[:-1] else None
+
+
+def has_vision(model: str | None) -> bool:
+    """Whether the checkpoint in a folder reads images."""
+    try:
+        with open(os.path.join(model or "", "config.json"), encoding="utf-8") as file:
+            return isinstance(json.load(file).get("vision_config"), dict)
+    except OSError:
+        return False
+
+
+def name_kernel_operators() -> None:
+    """Let a module read any ``torch.ops.sgl_kernel.<name>`` while it is imported; what it gets raises when called.
+
+    Modules of multimodal models do, and SGLang silently leaves out a model or an image processor whose module cannot be
+    imported. Functions still see what there is: SGLang asks for some names to choose its kernels.
+    """
+    import torch
+
+    class Named(type(torch.ops.sgl_kernel)):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if sys._getframe(1).f_code.co_name != "<module>":
+                    raise
+            return missing(name)
+
+    torch.ops.sgl_kernel = Named("sgl_kernel")
+
+
 def prepare_cpu() -> object | None:
     """Everything that ``--device cpu`` needs before SGLang is imported."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     library = declare_torchvision_operators()
     stand_in_for_sgl_kernel()
+    if has_vision(argument("--model-path")):
+        name_kernel_operators()
     if importlib.util.find_spec("triton") is None:
         stand_in_for_triton()
     return library
+
+
+def check_image_processor() -> None:
+    """Import the image processor of the models that are served here: SGLang itself leaves out one that it cannot."""
+    importlib.import_module("sglang.srt.multimodal.processors.qwen_vl")
 
 
 def murmur_hash32(seeds, positions, columns):
@@ -189,7 +234,7 @@ def keep_out_of_logs(key: str) -> None:
 
 # SGLang spawns its scheduler and detokenizer, which import this file again before they import SGLang:
 # the stand-ins must be made in them too, hence not under the guard below.
-_on_cpu = "--device" in sys.argv and sys.argv[sys.argv.index("--device") + 1] == "cpu"
+_on_cpu = argument("--device") == "cpu"
 _key = os.environ.get("OPD_ENGINE_KEY")  # not an argument: everyone on the machine can read those
 if _key:
     keep_out_of_logs(_key)
@@ -198,6 +243,8 @@ _deterministic = prepare_deterministic_cpu() if _on_cpu and "--enable-determinis
 
 if __name__ == "__main__":
     die_with_parent()
+    if _on_cpu and has_vision(argument("--model-path")):
+        check_image_processor()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 

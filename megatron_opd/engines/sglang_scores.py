@@ -41,4 +41,5 @@ def read_scores(reply: dict, request: ScoreRequest, require: Require) -> PromptS
         finish_reason=meta["finish_reason"]["type"],
         model=None,
         weight_version=meta.get("weight_version"),
+        image_tokens=meta.get("image_tokens"),
     )

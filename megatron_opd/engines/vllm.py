@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from megatron_opd.engines.sampling import LARGEST_ANSWER_TOKEN, Generation, Samp
 from megatron_opd.engines.scores import Served, TokenIds
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, SMALLEST_LOGPROB
 from megatron_opd.errors import EngineError
+from megatron_opd.records import Image
 from megatron_opd.runtime.http import BadReply
 
 
@@ -29,19 +31,28 @@ class VLLMClient(EngineClient):
         longest = model["max_model_len"] - 1  # a scoring request samples one token, which it throws away
         return Served(model["root"], None, longest, reply_model=model["id"])
 
-    async def prompt_logprobs(self, token_ids: TokenIds, start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(
+        self, token_ids: TokenIds, start: int, top_k: int = 0, images: Sequence[Image] = ()
+    ) -> dict:
         """Raw reply to a request that returns log-probs of all of ``token_ids``: vLLM knows no ``start``.
 
         They are those of temperature 1 (``--logprobs-mode raw_logprobs``, its default). A ``top_k`` above the server's
         ``--max-logprobs`` is refused.
         """
+        self._check_blind(images)
         body = {"prompt_logprobs": top_k, "max_tokens": 0, "echo": True, "temperature": 0.0}
         return await self._complete(np.asarray(token_ids), body, 1, vllm_scores.longest_answer(len(token_ids), top_k))
 
     async def generate(
-        self, prompt_ids: tuple[int, ...], samples: int, sampling: Sampling, top_ids: int = 0
+        self,
+        prompt_ids: tuple[int, ...],
+        samples: int,
+        sampling: Sampling,
+        top_ids: int = 0,
+        images: Sequence[Image] = (),
     ) -> list[Generation]:
         """Draw ``samples`` responses to one prompt. Raises TransientError, or EngineError for a wrong answer."""
+        self._check_blind(images)
         if top_ids:
             raise EngineError("Most likely ids are only fetched of SGLang", where=self.url, got=top_ids, expected=0)
         body = {
@@ -61,6 +72,12 @@ class VLLMClient(EngineClient):
             return [self._parse_generation(choice) for choice in choices]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineError("The server's response is malformed", where=self.url, got=repr(error)) from error
+
+    def _check_blind(self, images: Sequence[Image]) -> None:
+        """Its completions take no images beside token ids, and its chat makes the tokens anew from the text."""
+        if images:
+            what = "Images are only sent to SGLang"
+            raise EngineError(what, kind="request", where=self.url, got=f"{len(images)} images", expected="none")
 
     def _parse_generation(self, choice: dict) -> Generation:
         token_ids = np.array(choice["token_ids"], dtype=np.int64)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from megatron_opd.engines.sglang import SGLangClient
+from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.errors import EngineError
+from megatron_opd.records import Image
 from megatron_opd.runtime.http import fetch
 
 # From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
@@ -114,6 +119,11 @@ class WeightClient(SGLangClient):
                 return None
             raise
         return answer.get("per_engine_checksum")
+
+    async def sequence_logprobs(self, token_ids: np.ndarray, images: Sequence[Image]) -> np.ndarray:
+        """Log-prob of each token of a sequence but the first, [L - 1] float32; of a placeholder it means nothing."""
+        reply = await self._score(token_ids, 0, 0, images)
+        return split_rows(reply["meta_info"]["input_token_logprobs"])[0][1:]
 
     # ---------------------------------------------------------------- pauses
 

@@ -151,6 +151,7 @@ def _job(config: EvaluationConfig, folder: Path, model: Model, weights: Path) ->
         server=config.server,
         server_key="server",
         logs=folder / "logs",
+        images=config.images_folder,
         verifiers=config.judging,
         draws={
             name: Draw(one.samples, one.max_new_tokens, one.temperature, one.top_p, one.top_k)

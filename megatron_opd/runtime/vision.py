@@ -66,6 +66,14 @@ def read_vision(folder: Path) -> Vision | None:
         ) from error
 
 
+def has_vision(folder: Path) -> bool:
+    """Whether the model of a folder reads images; False where there is no readable folder."""
+    try:
+        return isinstance(_read(folder / "config.json").get("vision_config"), dict)
+    except ModelError:
+        return False
+
+
 def text_config(config: dict) -> dict:
     """The part of a parsed config.json that describes the language model: all of it for a text model."""
     return config.get("text_config") or config

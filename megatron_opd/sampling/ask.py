@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_opd.config import EngineConfig, ServerConfig, VerifierConfig
 from megatron_opd.engines.connect import new_pool
+from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.rollout import RolloutEngine
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import EngineError
@@ -47,6 +48,7 @@ class Job:
     server: ServerConfig
     server_key: str  # of ``server`` in the config
     logs: Path  # folder for those of started servers
+    images: Path  # folder of the prompts' resized images
     verifiers: VerifierConfig
     draws: Mapping[str, Draw]  # by domain
     attempts: int  # of one request
@@ -112,7 +114,8 @@ async def _sample_all(
     """
     with signals_cancel():
         async with AsyncExitStack() as stack:
-            pool = new_pool(stack, "rollout", job.engine, job.server, urls)
+            images = ImageFolder(job.images)
+            pool = new_pool(stack, "rollout", job.engine, job.server, urls, images=images)
             verifiers = VerifierPool(job.verifiers)
             stack.push_async_callback(verifiers.close)
             for client in [] if servers else pool.clients:

@@ -10,28 +10,32 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mbridge.core import Bridge
+from megatron.core.utils import unwrap_model
 
 from megatron_opd.errors import ModelError
 from megatron_opd.student.build import DTYPES, Student
 from megatron_opd.student.hf_weights import expected_shapes
 from megatron_opd.student.shards import ShardedFiles
 from megatron_opd.student.sizes import read_hf_config
+from megatron_opd.student.vision.parts import without_frozen_tower
 
 SHARD_BYTES = 4 * 1024**3
 _COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 
 
 @torch.no_grad()
-def hf_weights(student: Student) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_weights(student: Student, *, learning: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face name and whole tensor, on the student's device and of its dtype, one after the other.
 
     All ranks go through it to the end, and all get every tensor, with the padding of the vocabulary cut off. A tensor
-    may share memory with the live weights: copy what has to outlive the next step.
+    may share memory with the live weights: copy what has to outlive the next step. ``learning`` leaves a vision tower
+    out that is frozen.
     """
     for chunk in student.model:
         if chunk.ddp_config.overlap_param_gather:  # the step left the gathering to the next forward pass
             chunk.start_param_sync(force_sync=True)
-    yield from gathered_weights(student.bridge, student.model)
+    chunks = unwrap_model(student.model)
+    yield from gathered_weights(student.bridge, list(map(without_frozen_tower, chunks)) if learning else chunks)
 
 
 @torch.no_grad()

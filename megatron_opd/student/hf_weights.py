@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from megatron_opd.errors import ModelError, OpdError
 from megatron_opd.runtime.vision import text_config
 from megatron_opd.student.sizes import experts_field, has_experts, read_size
-from megatron_opd.student.vision_sizes import has_vision
-from megatron_opd.student.vision_weights import PREFIXES, other_names, tower_shapes
+from megatron_opd.student.vision.families import FAMILIES
+from megatron_opd.student.vision_sizes import has_tower
+from megatron_opd.student.vision_weights import other_names, tower_shapes
 
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16"}  # those of safetensors, and ours
@@ -44,7 +45,7 @@ def expected_shapes(folder: Path, hf_config: dict[str, Any]) -> dict[str, tuple[
         return read_size(folder, hf_config, field)
 
     hidden, vocab = size("hidden_size"), size("vocab_size")
-    model = PREFIXES[hf_config["model_type"]].text if has_vision(hf_config) else "model."
+    model = FAMILIES[hf_config["model_type"]].text_prefix if has_tower(hf_config) else "model."
     found: dict[str, tuple[int, ...]] = {f"{model}embed_tokens.weight": (vocab, hidden)}
     for layer in range(size("num_hidden_layers")):
         prefix = f"{model}layers.{layer}."
@@ -53,7 +54,7 @@ def expected_shapes(folder: Path, hf_config: dict[str, Any]) -> dict[str, tuple[
     found[f"{model}norm.weight"] = (hidden,)
     if not hf_config.get("tie_word_embeddings", False):
         found["lm_head.weight"] = (vocab, hidden)
-    return found | (tower_shapes(folder, hf_config) if has_vision(hf_config) else {})
+    return found | (tower_shapes(folder, hf_config) if has_tower(hf_config) else {})
 
 
 def weight_mistakes(folder: Path, hf_config: dict[str, Any]) -> list[OpdError]:

@@ -1,9 +1,10 @@
 """Weight refresh, trainer side: the student's weights reach the rollout engines, and are proven there.
 
 The weights are gathered tensor by tensor under their Hugging Face names, so no rank ever holds a second model, and the
-first rank sends them in buckets (``transports``). Afterwards each engine must name the new version, and its log-probs
-of a fixed probe sequence must equal the trainer's: a wrong name map, a lost tensor or a stale cache stops the run here
-and not in the learning curve.
+first rank sends them in buckets (``transports``); a vision tower that is frozen stays here. Afterwards each engine must
+name the new version, and its log-probs of a fixed probe sequence, with an image if the student reads any, must equal
+the trainer's: a wrong name map, a lost tensor, another tower or a stale cache stops the run here and not in the
+learning curve.
 
     any engine --answers nothing----------------> out, tried again at the next refresh
                --says that it failed------------> sent everything once more, then out
@@ -28,19 +29,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import RefreshConfig
-from megatron_opd.engines.token_rows import split_rows
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.errors import OpdError, RefreshError
 from megatron_opd.runtime.http import TransientError
 from megatron_opd.student.build import Student
 from megatron_opd.student.export import hf_weights
+from megatron_opd.student.probe import Probe, image_probe, text_probe
 from megatron_opd.student.step import sequence_logprobs
 from megatron_opd.student.transports import TRANSPORTS, Place, Sent, Transport
 from megatron_opd.student.transports.base import each, soon
+from megatron_opd.student.vision.images import ImageReader
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 64
 TRIES = 3  # for an engine that says itself that it failed, or that was in a group with one that did
 PAUSE_S = 1.0  # between two looks at engines of which none answers
 
@@ -60,20 +61,26 @@ class WeightRefresh:
     """The way from one student to its rollout engines. Made by ``connect``; every rank calls ``push``."""
 
     def __init__(
-        self, config: RefreshConfig, vocab_size: int, engines: Sequence[WeightClient], transport: Transport | None
+        self, config: RefreshConfig, probe: Probe, engines: Sequence[WeightClient], transport: Transport | None
     ) -> None:
         self._config, self._engines = config, tuple(engines)
         self._transport = transport  # None on other ranks than the first
-        # A fixed sequence of ordinary ids: what it says does not matter, only that both ends agree on it.
-        self._probe = np.random.default_rng(0).integers(0, vocab_size, PROBE_TOKENS)
+        self._probe = probe
         self._versions: dict[WeightClient, str] = {}  # of engines that were found live
 
     @classmethod
     def connect(
-        cls, config: RefreshConfig, engines: Sequence[WeightClient], place: Place, vocab_size: int
+        cls,
+        config: RefreshConfig,
+        engines: Sequence[WeightClient],
+        place: Place,
+        vocab_size: int,
+        images: ImageReader | None = None,
     ) -> WeightRefresh:
-        """``engines``: all there are, on the first rank; none on the others."""
-        return cls(config, vocab_size, engines, TRANSPORTS[config.mode](config, place) if engines else None)
+        """engines: all there are, on the first rank; none on the others. images: of a student that reads any."""
+        keep = images.folder if images is not None and engines else None
+        probe = text_probe(vocab_size) if images is None else image_probe(vocab_size, images.vision, keep)
+        return cls(config, probe, engines, TRANSPORTS[config.mode](config, place) if engines else None)
 
     async def close(self) -> None:
         """Let the engines forget what they know of the trainer: one that the run was attached to goes on."""
@@ -93,7 +100,7 @@ class WeightRefresh:
             attempt = _Attempt()
             await self._attempt(student, version, attempt)
             seconds = time.monotonic() - began
-            ours = sequence_logprobs(student, self._probe)
+            ours = sequence_logprobs(student, self._probe.token_ids, self._probe.images)
             await self._verify(attempt, ours, version)
             for engine, error in attempt.out.items():
                 logger.warning("the engine %s is out of rotation: %s", engine.url, error)
@@ -117,10 +124,10 @@ class WeightRefresh:
         again = True
         while again:
             while again:
-                for _ in hf_weights(student):  # keeps nothing
+                for _ in hf_weights(student, learning=True):  # keeps nothing
                     pass
                 again = _share(student)
-            sequence_logprobs(student, self._probe)
+            sequence_logprobs(student, self._probe.token_ids, self._probe.images)
             again = _share(student)
         return Refreshed()
 
@@ -130,7 +137,7 @@ class WeightRefresh:
         """Send until every engine has the weights or is out."""
         waiting = await self._look(attempt)
         while True:
-            weights = hf_weights(student)
+            weights = hf_weights(student, learning=True)
             sent = await self._deliver(waiting, weights, version)
             for _ in weights:  # what a failure left: the other ranks gather to the end
                 pass
@@ -229,13 +236,14 @@ class WeightRefresh:
             )
 
     async def _check_probe(self, engine: WeightClient, ours: np.ndarray, version: int) -> float:
-        reply = await engine.prompt_logprobs(self._probe, start=0)
-        theirs = split_rows(reply["meta_info"]["input_token_logprobs"])[0][1:]
-        difference = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
+        probe = self._probe
+        theirs = await engine.sequence_logprobs(probe.token_ids, probe.images)
+        same = ours.shape == theirs.shape
+        difference = float(np.abs(ours - theirs)[probe.compared].max()) if same else float("nan")
         if not difference <= self._config.probe_tolerance:  # also true for NaN
             raise RefreshError(
                 "After a weight refresh the rollout engine's log-probs are not the trainer's",
-                where=f"{engine.url}, weight version {version}, probe of {PROBE_TOKENS} tokens",
+                where=f"{engine.url}, weight version {version}, probe of {len(ours) + 1} tokens",
                 got=f"largest difference {difference:.3g}",
                 expected=f"at most {self._config.probe_tolerance:g}",
                 fix="compare the precision of student and engine (student.dtype, engine.dtype), then the name map",

@@ -10,8 +10,9 @@ from typing import Any
 from megatron_opd.config import StudentConfig
 from megatron_opd.errors import ConfigError, ModelError, OpdError
 from megatron_opd.runtime.vision import text_config
+from megatron_opd.student.vision.families import FAMILIES
 
-VISION_TYPES = ("qwen2_5_vl", "qwen3_vl")
+VISION_TYPES = tuple(FAMILIES)
 
 _COLOURS = 3
 _SECTIONS = 3  # rotary frequencies of time, height and width
@@ -23,7 +24,7 @@ _OWN_SIZES = {"qwen2_5_vl": ("window_size",), "qwen3_vl": ("num_position_embeddi
 _LEVELS = {"qwen2_5_vl": "fullatt_block_indexes", "qwen3_vl": "deepstack_visual_indexes"}
 
 
-def has_vision(hf_config: dict[str, Any]) -> bool:
+def has_tower(hf_config: dict[str, Any]) -> bool:
     """Whether the model of a config.json reads images."""
     return isinstance(hf_config.get("vision_config"), dict)
 
@@ -43,7 +44,7 @@ def deepstack_levels(hf_config: dict[str, Any]) -> int:
 
 def check_vision(model: Path, hf_config: dict[str, Any]) -> None:
     """Raise ModelError unless the multimodal model of a config.json is one we build; ``sizes`` checks its text part."""
-    if not has_vision(hf_config):
+    if not has_tower(hf_config):
         raise _mistake(model, "vision_config", hf_config.get("vision_config"), "the sizes of the model's vision tower")
     _check_tie(model, hf_config)
     _check_sections(model, hf_config)
@@ -57,7 +58,7 @@ def check_vision(model: Path, hf_config: dict[str, Any]) -> None:
 
 def vision_mistakes(student: StudentConfig, hf_config: dict[str, Any]) -> Iterator[OpdError]:
     """What ``student`` asks of a model that can be built, and that its tower, or the lack of one, does not allow."""
-    if student.train_vision and not has_vision(hf_config):
+    if student.train_vision and not has_tower(hf_config):
         yield ConfigError(
             "A model without a vision tower cannot train one",
             where="student.train_vision",
@@ -105,7 +106,7 @@ def _check_sections(model: Path, hf_config: dict[str, Any]) -> None:
     head = text.get("head_dim") or text.get("hidden_size", 0) // (text.get("num_attention_heads") or 1)
     if 2 * sum(sections) != head:
         raise _mistake(model, f"{field}.mrope_section", sections, f"a sum of {head // 2}, half of a head")
-    interleaved = hf_config["model_type"] == "qwen3_vl"
+    interleaved = FAMILIES[hf_config["model_type"]].interleaved
     if rope.get("mrope_interleaved", interleaved) != interleaved:
         raise _mistake(model, f"{field}.mrope_interleaved", rope["mrope_interleaved"], str(interleaved).lower())
 
@@ -113,13 +114,10 @@ def _check_sections(model: Path, hf_config: dict[str, Any]) -> None:
 def _check_tower(model: Path, hf_config: dict[str, Any]) -> None:
     kind, tower = hf_config["model_type"], hf_config["vision_config"]
     sizes = {field: tower_size(model, hf_config, field) for field in _TOWER_SIZES + _OWN_SIZES[kind]}
+    hidden = text_config(hf_config).get("hidden_size", sizes["out_hidden_size"])
     rules = [
         ("in_channels", tower.get("in_channels", tower.get("in_chans", _COLOURS)), _COLOURS),
-        (
-            "out_hidden_size",
-            sizes["out_hidden_size"],
-            text_config(hf_config).get("hidden_size", sizes["out_hidden_size"]),
-        ),
+        ("out_hidden_size", sizes["out_hidden_size"], hidden),
     ]
     for field, found, expected in rules:
         if found != expected:

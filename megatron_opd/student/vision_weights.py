@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import ModelError
+from megatron_opd.student.vision.families import FAMILIES
 from megatron_opd.student.vision_sizes import deepstack_levels, tower_size
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Prefixes:
-    """With what the names of a checkpoint's weights begin."""
-
-    text: str
-    tower: str
-
-
-# As they are published. transformers reads and writes Qwen2.5-VL under the names of Qwen3-VL too, which are those of
-# its modules; SGLang does not read them, and a refresh has to send what it reads.
-PREFIXES = {
-    "qwen2_5_vl": Prefixes("model.", "visual."),
-    "qwen3_vl": Prefixes("model.language_model.", "model.visual."),
-}
 
 
 def tower_shapes(folder: Path, hf_config: dict[str, Any]) -> Shapes:
@@ -50,23 +34,27 @@ def tower_shapes(folder: Path, hf_config: dict[str, Any]) -> Shapes:
     else:
         fold = _linear("mlp.0", merged, merged) | _linear("mlp.2", output, merged)
         found |= _under("merger.", {"ln_q.weight": (hidden,)} | fold)
-    return _under(PREFIXES[kind].tower, found)
+    return _under(FAMILIES[kind].vision_prefix, found)
 
 
 def other_names(folder: Path, hf_config: dict[str, Any], names: Iterable[str]) -> ModelError | None:
-    """What is wrong when the weights of a multimodal model have the names of another family's, or of its modules."""
-    ours = PREFIXES.get(hf_config.get("model_type", ""))
-    others = [other for other in PREFIXES.values() if other != ours] if ours else []
+    """What is wrong when the weights of a multimodal model have the names of another family's.
+
+    transformers reads and writes Qwen2.5-VL under those of Qwen3-VL too, which are those of its modules. SGLang does
+    not read them, and a refresh has to send what it reads.
+    """
+    ours = FAMILIES.get(hf_config.get("model_type", ""))
+    others = [other for other in FAMILIES.values() if other != ours] if ours else []
     for other in others:
         for name in names:
-            if name.startswith(other.tower):
+            if name.startswith(other.vision_prefix):
                 return ModelError(
                     "The weights have other names than those that the family is published under",
                     where=folder.absolute(),
                     got=name,
-                    expected=f"{ours.tower}... for the tower and {ours.text}... for the language model",
+                    expected=f"{ours.vision_prefix}... for the tower, {ours.text_prefix}... for the language model",
                     fix="take it as it was published, or write its files anew with other names of weights: "
-                    f"{ours.tower} for {other.tower} and {ours.text} for {other.text}",
+                    f"{ours.vision_prefix} for {other.vision_prefix} and {ours.text_prefix} for {other.text_prefix}",
                 )
     return None
 

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_opd.config import Config
 from megatron_opd.engines.connect import key_of
+from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.weights import WeightClient
 from megatron_opd.observe.role import run_role
 from megatron_opd.runtime.env import rank
@@ -95,13 +96,14 @@ async def _connect(
 ) -> WeightRefresh:
     urls, key = (endpoints.rollout, key_of(config.rollout.server)) if rank() == 0 else ([], None)
     await asyncio.gather(*(wait_until_ready(f"{url}/ready", config.engine.start_timeout_s) for url in urls))
-    engines = [WeightClient(url, timeout_s=config.refresh.timeout_s, max_concurrency=4, api_key=key) for url in urls]
+    settings = {"timeout_s": config.refresh.timeout_s, "max_concurrency": 4, "api_key": key}
+    engines = [WeightClient(url, images=ImageFolder(config.images_folder), **settings) for url in urls]
     for engine in engines:
         stack.push_async_callback(engine.close)
     shared = config.refresh.folder
     folder = shared / run.identity() if shared else run.weights
     place = Place(endpoints.weights_host, endpoints.weights_port, folder)
-    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size)
+    return WeightRefresh.connect(config.refresh, engines, place, student.bridge.vocab_size, student.images)
 
 
 def named_metrics(metrics: StepMetrics) -> dict[str, float]:

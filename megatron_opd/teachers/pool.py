@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_opd.engines.scores import ScoringClient, Served
+from megatron_opd.engines.images import without_images
+from megatron_opd.engines.scores import ScoreRequest, ScoringClient, Served
 from megatron_opd.errors import EngineError
 from megatron_opd.records import Dropped, Rollout, Scored, Verified
 from megatron_opd.runtime.replicas import ReplicaPool
@@ -22,6 +23,8 @@ class Teacher:
     replicas: ReplicaPool[ScoringClient]
     vocab_size: int
     served: dict[str, Served]  # URL to what that replica said of itself at the start
+    leaves_out_images: bool = False  # of what it is asked, with their tokens
+    lacking: frozenset[int] = frozenset()  # the student's ids that its tokenizer does not have
 
 
 class TeacherPool:
@@ -70,8 +73,7 @@ class TeacherPool:
 
     async def _ask(self, teacher: Teacher, rollout: Rollout, top_k: int) -> Scores | Dropped:
         try:
-            prompt_ids = np.array(rollout.prompt.token_ids, dtype=np.int64)
-            request = score_request(prompt_ids, rollout.token_ids, teacher.vocab_size, top_k)
+            request = _request(teacher, rollout, top_k)
 
             async def ask(client: ScoringClient) -> Scores:
                 scores = await score(client, request, teacher.served.get(client.url))
@@ -95,3 +97,17 @@ class TeacherPool:
                 got=largest,
                 expected=expected,
             )
+
+
+def _request(teacher: Teacher, rollout: Rollout, top_k: int) -> ScoreRequest:
+    """The rollout as this teacher is asked about it: a response is the same whatever comes before it."""
+    prompt = rollout.prompt
+    left_out = teacher.leaves_out_images and prompt.images
+    return score_request(
+        np.array(without_images(prompt) if left_out else prompt.token_ids, dtype=np.int64),
+        rollout.token_ids,
+        teacher.vocab_size,
+        top_k,
+        images=() if left_out else prompt.images,
+        lacking=teacher.lacking,
+    )

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_opd.engines.scores import PromptScores, Require, ScoreRequest, ScoringClient, Served
 from megatron_opd.engines.top_rows import LARGEST_LOGPROB, SMALLEST_LOGPROB, check_rows
 from megatron_opd.errors import EngineError
-from megatron_opd.records import TopRows
+from megatron_opd.records import Image, TopRows
 from megatron_opd.runtime.http import BadReply
 
 
@@ -36,8 +36,19 @@ class Scores:
     prefilled: int  # tokens of prompt and response that the server computed: all but those from its prefix cache
 
 
-def score_request(prompt_ids: np.ndarray, response_ids: np.ndarray, vocab_size: int, top_k: int) -> ScoreRequest:
-    """A request that no server can be hurt by. Raises UnfitRequest."""
+def score_request(
+    prompt_ids: np.ndarray,
+    response_ids: np.ndarray,
+    vocab_size: int,
+    top_k: int,
+    *,
+    images: tuple[Image, ...] = (),
+    lacking: frozenset[int] = frozenset(),
+) -> ScoreRequest:
+    """A request that no server can be hurt by, and that means to the teacher what it means to the student.
+
+    images: of the prompt; lacking: ids that are the student's alone. Raises UnfitRequest.
+    """
     prompt_length, length = len(prompt_ids), len(response_ids)
     if not (prompt_length > 0 and length > 0):
         raise UnfitRequest(
@@ -49,12 +60,16 @@ def score_request(prompt_ids: np.ndarray, response_ids: np.ndarray, vocab_size: 
         got = smallest if smallest < 0 else largest
         what = "A token id is outside the teacher's vocabulary"
         raise UnfitRequest(what, kind="vocabulary", got=got, expected=f"0..{vocab_size - 1}")
+    foreign = lacking.intersection(token_ids.tolist()) if lacking else None
+    if foreign:
+        what = "A token is one of the student's that the teacher's tokenizer lacks"
+        raise UnfitRequest(what, kind="vocabulary", got=sorted(foreign)[:4], expected="tokens that both have")
     if not 0 <= top_k <= vocab_size:
         what = "A teacher's top_k is wrong"
         raise UnfitRequest(
             what, kind="request", got=top_k, expected=f"at most {vocab_size}, the size of its vocabulary"
         )
-    return ScoreRequest(token_ids, prompt_length, top_k, vocab_size)
+    return ScoreRequest(token_ids, prompt_length, top_k, vocab_size, images)
 
 
 async def score(client: ScoringClient, request: ScoreRequest, served: Served | None = None) -> Scores:
@@ -63,7 +78,9 @@ async def score(client: ScoringClient, request: ScoreRequest, served: Served | N
     Raises ScoringError when the answer breaks the contract, EngineError or TransientError when there is none.
     """
     require = _requirement(client)
-    reply = await client.prompt_logprobs(request.token_ids, start=request.start, top_k=request.top_k)
+    reply = await client.prompt_logprobs(
+        request.token_ids, start=request.start, top_k=request.top_k, images=request.images
+    )
     try:
         found = client.read_scores(reply, request, require)
         _check_account(found, request, require)
@@ -80,7 +97,11 @@ def _check_account(found: PromptScores, request: ScoreRequest, require: Require)
     """What the server says of its own work."""
     length, start, cached = len(request.token_ids), request.start, found.cached_tokens
     require(found.finish_reason == "length", "finish", "finish reason", found.finish_reason, "length")
-    require(found.prompt_tokens == length, "prompt_length", "prompt length", found.prompt_tokens, length)
+    kind = "image_layout" if request.images else "prompt_length"
+    require(found.prompt_tokens == length, kind, "prompt length", found.prompt_tokens, length)
+    if request.images and found.image_tokens is not None:
+        expected = sum(image.tokens for image in request.images)
+        require(found.image_tokens == expected, kind, "number of image tokens", found.image_tokens, expected)
     fits = cached is None or 0 <= cached <= start
     require(fits, "cached", "cached tokens", cached, f"0 to {start}, or rows would be missing")
 

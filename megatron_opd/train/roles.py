@@ -93,7 +93,7 @@ def replica_roles(
         Role(
             replica,
             _argv(engine, seed, top_k, server, model, url, frozen=name != "rollout"),  # whose weights change
-            _environment(engine, server, number),
+            _environment(engine, server, number, frozen=name != "rollout"),
             f"{url}{CLIENTS[server.engine].ready_path}",
         )
         for number, (replica, url) in enumerate(zip(replica_names(name, server), urls, strict=True))
@@ -108,9 +108,10 @@ def _argv(
     return server_argv(engine, server, model, url, seed, frozen=frozen)
 
 
-def _environment(engine: EngineConfig, server: ServerConfig, replica: int) -> dict[str, str]:
-    environment = vllm_environment if server.engine == "vllm" else server_environment
-    return environment(engine, server, replica)
+def _environment(engine: EngineConfig, server: ServerConfig, replica: int, *, frozen: bool) -> dict[str, str]:
+    if server.engine == "vllm":
+        return vllm_environment(engine, server, replica)
+    return server_environment(engine, server, replica, frozen=frozen)
 
 
 def ranks_argv(

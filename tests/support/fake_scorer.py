@@ -24,9 +24,10 @@ class FakeScorer:
     read_scores = staticmethod(read_scores)
 
     def __init__(self, *replies: object) -> None:
-        self.replies, self.requests = list(replies), []
+        self.replies, self.requests, self.images = list(replies), [], []
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0, images: tuple = ()) -> dict:
+        self.images.append(images)
         self.requests.append((list(token_ids), start, top_k))
         reply = self.replies.pop(0)
         if isinstance(reply, Exception):

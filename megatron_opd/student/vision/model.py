@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_opd.student.vision.packing import Placed, VisionPacking
 from megatron_opd.student.vision.rotary import Rotary, turning
-from megatron_opd.student.vision.tower import tower_features
+from megatron_opd.student.vision.tower import patch_grid, patchify, tower_features
 
 
 class SeeingLayer(TransformerLayer):
@@ -98,8 +97,10 @@ class SeeingModel(GPTModel):
         All copies of a tower that learns must gather its weights and reduce its gradient in the same order.
         """
         if images is not None:
-            reader = images.reader
-            patches, grid = reader.patches(images.hashes, images.sizes), reader.grid(images.sizes)
+            vision, pixels = images.reader.vision, images.reader.pixels(images.hashes, images.sizes)
+            device = images.tokens.device
+            patches = torch.cat([patchify(torch.from_numpy(image).to(device), vision) for image in pixels])
+            grid = patch_grid(images.sizes, vision)
         elif self._train_vision:
             patches, grid = _blank(self.visual.config)
         else:
@@ -123,11 +124,11 @@ class SeeingModel(GPTModel):
         return _GiveBack.apply(hidden, leaves, *levels), leaves
 
 
-def _blank(config: Any) -> tuple[np.ndarray, np.ndarray]:
+def _blank(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches and grid of the smallest image that a tower with transformers' ``config`` can read."""
     merge = config.spatial_merge_size
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    return np.zeros((merge * merge, values), np.float32), np.array([[1, merge, merge]])
+    return torch.zeros(merge * merge, values), torch.tensor([[1, merge, merge]])
 
 
 class _GiveBack(torch.autograd.Function):

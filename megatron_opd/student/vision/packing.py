@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_opd.student.vision.images import ImageReader
+from megatron_opd.student.vision.images import ImageReader, Size
 from megatron_opd.student.vision.placing import RowImages, place
 from megatron_opd.student.vision.positions import image_positions
 
@@ -22,7 +22,7 @@ class Placed:
 
     reader: ImageReader
     hashes: tuple[str, ...]  # [U]
-    sizes: list[tuple[int, int]]  # [U] rows and columns of placeholders
+    sizes: list[Size]  # [U]
     tokens: torch.Tensor  # [N] int64
     features: torch.Tensor  # [N] int64
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
+from megatron_opd.runtime.vision import Vision
 from megatron_opd.student.vision.families import Family
+from megatron_opd.student.vision.images import Size
 
 
 def build_tower(family: Family, vision_config: Any, dtype: torch.dtype, sequence_parallel: bool) -> torch.nn.Module:
@@ -28,14 +30,33 @@ def build_tower(family: Family, vision_config: Any, dtype: torch.dtype, sequence
     return tower.eval()
 
 
-def tower_features(tower: torch.nn.Module, patches: np.ndarray, grid: np.ndarray) -> list[torch.Tensor]:
+def patchify(pixels: torch.Tensor, vision: Vision) -> torch.Tensor:
+    """Pixels [height, width, 3] uint8 -> patches [P, 3 * temporal_size * patch_size ** 2] float32.
+
+    As transformers' Qwen2VLImageProcessor: the patches of one placeholder follow each other, placeholders row after
+    row; within a patch come colour, time, height and width. height and width are multiples of ``token_pixels``.
+    """
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (vision.mean, vision.std))
+    merge, patch = vision.merge_size, vision.patch_size
+    rows, columns = pixels.shape[0] // vision.token_pixels, pixels.shape[1] // vision.token_pixels
+    blocks = ((pixels.float() / 255 - mean) / std).view(rows, merge, patch, columns, merge, patch, 3)
+    frame = blocks.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(5)
+    return frame.expand(-1, -1, -1, -1, -1, vision.temporal_size, -1, -1).reshape(rows * columns * merge * merge, -1)
+
+
+def patch_grid(sizes: Iterable[Size], vision: Vision) -> torch.Tensor:
+    """[U, 3] int64: frames, and rows and columns of patches, of images of these sizes."""
+    merge = vision.merge_size
+    return torch.tensor([[1, rows * merge, columns * merge] for rows, columns in sizes])
+
+
+def tower_features(tower: torch.nn.Module, patches: torch.Tensor, grid: torch.Tensor) -> list[torch.Tensor]:
     """Features of images: those in the place of their placeholders [F, H], and those of each deepstack level.
 
-    patches [P, values] float32; grid [U, 3] int64, frames, and rows and columns of patches, of each image.
+    patches [P, values]: all images, one behind the other; grid: see ``patch_grid``.
     """
     weight = next(tower.parameters())
-    pixels = torch.from_numpy(patches).to(device=weight.device, dtype=weight.dtype)
-    output = tower(pixels, grid_thw=torch.from_numpy(grid).to(weight.device))
+    output = tower(patches.to(weight), grid_thw=grid.to(weight.device))
     if hasattr(output, "pooler_output"):  # transformers 5
         return [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     if isinstance(output, tuple):  # transformers 4, of a tower with deepstack levels

@@ -33,7 +33,9 @@ class FakeClient:
         self.asked: list[tuple[int, Sampling]] = []
         self.version = version
 
-    async def generate(self, prompt: tuple, samples: int, sampling: Sampling, top_ids: int) -> list[Generation]:
+    async def generate(
+        self, prompt: tuple, samples: int, sampling: Sampling, top_ids: int, images: tuple
+    ) -> list[Generation]:
         self.asked.append((samples, sampling))
         ids = np.array([(sampling.seed or 0) % 1000])
         return [Generation(ids, np.zeros(1, np.float32), np.array([self.version]), "stop", None)] * samples

@@ -46,7 +46,7 @@ class Client:
     def __init__(self, answer: object) -> None:
         self.answer = json.loads(json.dumps(answer))
 
-    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0) -> dict:
+    async def prompt_logprobs(self, token_ids: list[int], start: int, top_k: int = 0, images: tuple = ()) -> dict:
         return self.answer
 
 

@@ -19,7 +19,7 @@ from vision_models import make_vision_model
 from megatron_opd.records import Image, PackedBatch
 from megatron_opd.runtime.vision import image_file, read_vision
 from megatron_opd.student.vision.families import FAMILIES
-from megatron_opd.student.vision.images import patchify
+from megatron_opd.student.vision.tower import patch_grid, patchify
 
 START, END, PLACEHOLDER = 512, 513, 514
 VOCAB = 516
@@ -62,7 +62,7 @@ def make_kind(folder: Path, kind: str) -> Path:
     if layers == config.text_config.num_hidden_layers:
         return folder
     config.text_config.num_hidden_layers = layers
-    config.text_config.layer_types = None
+    config.text_config.layer_types = ["full_attention"] * layers
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_config(config).float()
     with torch.no_grad():
@@ -119,9 +119,16 @@ def _make_sample(model: VisionReference, layout: list[Any], generator: np.random
     weights[-1] = 0.0
     with torch.no_grad():
         behaviour = np.append(next_logprobs(model, ids).numpy(), 0.0) + generator.uniform(-0.1, 0.1, length)
-    zeros, none = np.zeros(length), np.zeros((length, 3))
     sample = Sample(
-        ids, generator.normal(size=length), behaviour, weights, zeros.astype(int), zeros, zeros, none.astype(int), none
+        ids,
+        advantages=generator.normal(size=length),
+        behaviour=behaviour,
+        weights=weights,
+        lags=np.zeros(length, int),
+        slopes=np.zeros(length),
+        forward_weights=np.where(np.arange(length) % 2, weights, 0.0),
+        top_ids=np.tile([1, 2, 3], (length, 1)),
+        top_logprobs=np.log(np.full((length, 3), 0.2)),
     )
     return Seen(sample, tuple(images))
 
@@ -158,14 +165,13 @@ class VisionReference:
         self._known[tokens.tobytes()] = images
 
     def __call__(self, ids: torch.Tensor) -> Any:
-        images, merge = self._known[ids.numpy().tobytes()], self._vision.merge_size
+        images = self._known[ids.numpy().tobytes()]
         if not images:
             return self._model(input_ids=ids)
-        patches = [patchify(self._pixels(image), self._vision) for image in images]
         return self._model(
             input_ids=ids,
-            pixel_values=torch.from_numpy(np.concatenate(patches)),
-            image_grid_thw=torch.tensor([[1, image.rows * merge, image.columns * merge] for image in images]),
+            pixel_values=torch.cat([patchify(self._pixels(image), self._vision) for image in images]),
+            image_grid_thw=patch_grid([(image.rows, image.columns) for image in images], self._vision),
             mm_token_type_ids=(ids == PLACEHOLDER).int(),
         )
 
@@ -192,6 +198,6 @@ class VisionReference:
                 return saved + name.removeprefix(prefix)
         return name
 
-    def _pixels(self, image: Image) -> np.ndarray:
+    def _pixels(self, image: Image) -> torch.Tensor:
         with Picture.open(image_file(self._images, image.hash)) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return torch.from_numpy(np.array(picture.convert("RGB")))

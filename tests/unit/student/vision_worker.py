@@ -21,6 +21,7 @@ from student_worker import everywhere, exported, gradients, on_rows
 from vision_case import LAYOUTS, Seen, pack_seen
 
 from megatron_opd.config import Config, LossConfig
+from megatron_opd.records import PackedBatch
 from megatron_opd.student import export, step
 from megatron_opd.student.build import Student, build_student, init_distributed
 
@@ -55,6 +56,10 @@ def run_kind(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[
     export.export_hf(student, work / kind, work / f"{kind}-{layout}")
     result["frozen"] = one_step(student, seen, "row_each")
     result |= {split: one_step(build_student(learning), seen, split) for split in ("row_each", "one_row")}
+    student = build_student(learning)
+    for split in ("row_each", "one_row"):  # from the second on, gradients are sent when all are there
+        step.train_step(student, batch_of(seen, split), LossConfig())
+    result["after_two_steps"] = exported(student)
     return result
 
 
@@ -82,16 +87,20 @@ def swapped(seen: list[Seen]) -> list[Seen]:
     return [seen[0], dataclasses.replace(seen[1], images=(image,)), *seen[2:]]
 
 
-def one_step(student: Student, seen: list[Seen], split: str) -> dict[str, Any]:
-    """One optimizer step. In "one_row", all but the first data-parallel rank have neither images nor tokens."""
+def batch_of(seen: list[Seen], split: str) -> PackedBatch:
+    """This data-parallel rank's part. In "one_row", all but the first have neither images nor tokens."""
     rank, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     everything = list(range(len(seen)))
     parts = {
         "row_each": [[index] for index in everything[rank::copies]],
         "one_row": [everything] if rank == 0 else [],
     }[split]
-    batch = pack_seen(seen, parts, denominator_of([one.sample for one in seen]))
-    metrics = step.train_step(student, batch, LossConfig())
+    return pack_seen(seen, parts, denominator_of([one.sample for one in seen]))
+
+
+def one_step(student: Student, seen: list[Seen], split: str) -> dict[str, Any]:
+    """One optimizer step, and what came of it on every rank."""
+    metrics = step.train_step(student, batch_of(seen, split), LossConfig())
     after = step.sequence_logprobs(student, seen[2].sample.tokens, seen[2].images)  # before anything is gathered
     weights = exported(student)
     for other_metrics, other_weights in everywhere((metrics, weights)):
