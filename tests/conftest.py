@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
+from real_servers import running
 
 from megatron_opd.config import load_config
 from megatron_opd.runtime.ports import free_port
-from megatron_opd.runtime.process import start
-from megatron_opd.runtime.supervision import answers
-from megatron_opd.train.roles import Role, assign_endpoints, replica_roles, server_roles
+from megatron_opd.train.roles import assign_endpoints, replica_roles, server_roles
 
-from runs import COMMAND, ROOT, START_LIMIT_S, TOY, Run, Servers
+from runs import COMMAND, ROOT, TOY, Run, Servers
 
 
 @pytest.fixture(scope="session")
@@ -42,24 +39,6 @@ def started_servers(logs: Path, *overrides: str) -> Iterator[Servers]:
     endpoints = assign_endpoints(config)
     with running(server_roles(config, endpoints), logs):
         yield Servers(endpoints.rollout[0], endpoints.teachers["math"][0], endpoints.teachers["code"][0])
-
-
-@contextmanager
-def running(roles: list[Role], logs: Path) -> Iterator[None]:
-    """These servers, once all of them answer; they are killed afterwards."""
-    children = [start(role.name, role.argv, role.environment, logs / f"{role.name}.log") for role in roles]
-    try:
-        deadline = time.monotonic() + START_LIMIT_S
-        for role, child in zip(roles, children, strict=True):
-            while not answers(role.ready_url):
-                assert child.returncode is None and time.monotonic() < deadline, child.last_lines(40)
-                time.sleep(0.5)
-        yield
-    finally:
-        for child in children:
-            with suppress(psutil.NoSuchProcess):  # one that died while it started
-                for process in [*psutil.Process(child.process.pid).children(recursive=True), child.process]:
-                    process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -211,6 +211,11 @@ class DataConfig(Section):
             )
         return self
 
+    @property
+    def has_images(self) -> bool:
+        """Whether prompts may have images."""
+        return any(columns.images for columns in (self.columns, self.eval_columns) if columns is not None)
+
 
 class JudgeConfig(Section):
     """The language model that the verifier "judge" asks."""

@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Hashable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -24,7 +25,7 @@ from megatron_opd.coordinator.state import Progress, read
 from megatron_opd.coordinator.summary import summary
 from megatron_opd.coordinator.watchdog import watch
 from megatron_opd.data.inputs import open_stream, read_held_out
-from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.data.tokenizer import lacking_tokens, load_tokenizer
 from megatron_opd.engines.connect import new_pool
 from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.rollout import RolloutEngine
@@ -40,8 +41,12 @@ from megatron_opd.runtime.env import token
 from megatron_opd.runtime.replicas import ReplicaPool
 from megatron_opd.runtime.rundir import RunDirectory
 from megatron_opd.runtime.vision import text_config
+from megatron_opd.teachers.pool import TeacherPool
 from megatron_opd.teachers.start import start_teachers
 from megatron_opd.verifiers.pool import VerifierPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("megatron_opd.coordinator")  # not __name__, which is __main__ here
 
@@ -68,7 +73,8 @@ async def coordinate(run: RunDirectory) -> None:
         server, images = config.rollout.server, ImageFolder(config.images_folder)
         servers = new_pool(stack, "rollout", config.engine, server, endpoints.rollout, probe, images)
         await asyncio.gather(*(client.wait_until_ready(config.engine.start_timeout_s) for client in servers.clients))
-        teachers = await start_teachers(stack, config, endpoints.teachers, endpoints.reference)
+        lacking = partial(lacking_tokens, config.student.model)
+        teachers = await start_teachers(stack, config, endpoints.teachers, endpoints.reference, lacking)
         logger.info("all servers answer: %s", endpoints)
         await _check_deterministic(servers, *teachers.pools, config=config)
         info = await servers.clients[0].server_info()
@@ -79,12 +85,7 @@ async def coordinate(run: RunDirectory) -> None:
             config=config,
             stages=Stages(engine, verifiers, teachers, config.rollout, config.balance, config.seed, activity.advance),
             student_sampler=RolloutEngine(servers, tokenizer, attempts, seed=seed, refreshed=True),
-            teacher_samplers={
-                domain: RolloutEngine(
-                    teacher.replicas, tokenizer, attempts, seed=seed, leave_out_images=teacher.leaves_out_images
-                )
-                for domain, teacher in teachers.teachers.items()
-            },
+            teacher_samplers=_teacher_samplers(teachers, tokenizer, attempts, seed),
             attention_length=12.0 * _model_fact(config.student.model, "hidden_size"),
             stream=stream,
             held_out=first_of_each_domain(held_out, config.evaluation.limit),
@@ -106,6 +107,18 @@ async def coordinate(run: RunDirectory) -> None:
         result = summary(config, loop.now(), board.reports, info)
         run.summary.write_text(json.dumps(result, indent=2) + "\n")
         recorder.event("finished")
+
+
+def _teacher_samplers(
+    teachers: TeacherPool, tokenizer: PreTrainedTokenizerBase, attempts: int, seed: int | None
+) -> dict[str, RolloutEngine]:
+    """What asks each teacher the held-out prompts, by domain."""
+    return {
+        domain: RolloutEngine(
+            teacher.replicas, tokenizer, attempts, seed=seed, leave_out_images=teacher.leaves_out_images
+        )
+        for domain, teacher in teachers.teachers.items()
+    }
 
 
 async def _to_the_end(loop: Loop, board: BatchBoard, ranks: int) -> bool:

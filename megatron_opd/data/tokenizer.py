@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_opd.errors import ModelError
 from megatron_opd.runtime import env
+from megatron_opd.runtime.vision import has_vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,9 +50,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def same_tokenizer(a_folder: Path, b_folder: Path) -> None:
-    """Raise ModelError that names the first difference between two tokenizers; return if there is none."""
+    """Raise ModelError that names the first difference between two tokenizers; return if there is none.
+
+    What ``lacking_tokens`` gives is no difference.
+    """
     a, b = load_tokenizer(a_folder), load_tokenizer(b_folder)
-    difference = _vocabulary_difference(a, b) or _special_difference(a, b)
+    lacking = set(_lacking(a, b).values()) if has_vision(a_folder) and not has_vision(b_folder) else set()
+    difference = _vocabulary_difference(a, b, lacking) or _special_difference(a, b, lacking)
     if difference:
         what, got_a, got_b = difference
         raise ModelError(
@@ -61,6 +66,25 @@ def same_tokenizer(a_folder: Path, b_folder: Path) -> None:
             expected=f"{got_a} as in {a_folder}",
             fix="take models of the same family, or copy the tokenizer files if the vocabularies are the same",
         )
+
+
+def lacking_tokens(student: Path, teacher: Path) -> dict[int, str]:
+    """The student's tokens, by id, that the tokenizer of a teacher without vision lacks: marks of images, and others
+    that were added to the student's vocabulary. All else must be the same (``same_tokenizer``).
+
+    Such a teacher can be asked about every text without them. Raises ModelError.
+    """
+    if not has_vision(student) or has_vision(teacher):
+        return {}
+    return _lacking(load_tokenizer(student), load_tokenizer(teacher))
+
+
+def _lacking(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Added tokens of ``a``, by id, whose text ``b`` does not have and whose id ``b`` gives to no other token."""
+    ids = b.get_vocab()
+    taken = set(ids.values())
+    added = {number: token.content for number, token in a.added_tokens_decoder.items()}
+    return {number: text for number, text in added.items() if text not in ids and number not in taken}
 
 
 def _check_files(folder: Path) -> None:
@@ -75,10 +99,13 @@ def _check_files(folder: Path) -> None:
         raise ModelError("The model folder has no tokenizer", where=folder, got=listing, expected=expected)
 
 
-def _vocabulary_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
-    """The token with the lowest id that the two do not share."""
+def _vocabulary_difference(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, lacking: set[str]
+) -> tuple[str, str, str] | None:
+    """The token with the lowest id that the two do not share, but for those that ``b`` may lack."""
     ids_a, ids_b = a.get_vocab(), b.get_vocab()
-    different = [token for token in ids_a.keys() | ids_b.keys() if ids_a.get(token) != ids_b.get(token)]
+    tokens = (ids_a.keys() | ids_b.keys()) - lacking
+    different = [token for token in tokens if ids_a.get(token) != ids_b.get(token)]
     if not different:
         return None
 
@@ -93,12 +120,16 @@ def _vocabulary_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBas
     return f"token {token!r}{more}", show(ids_a), show(ids_b)
 
 
-def _special_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[str, str, str] | None:
+def _special_difference(
+    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, lacking: set[str]
+) -> tuple[str, str, str] | None:
     """The first role that the two give to different tokens, the end token before all.
 
     A teacher that ends its turn with another token would teach the student never to end its own.
     """
-    roles_a, roles_b = a.special_tokens_map, b.special_tokens_map
+    roles_a, roles_b = ({**tokenizer.special_tokens_map} for tokenizer in (a, b))
+    for role in [role for role, token in roles_a.items() if token in lacking]:
+        del roles_a[role]
     for role in dict.fromkeys(["eos_token", "bos_token", *roles_a, *roles_b]):
         if role != "pad_token" and roles_a.get(role) != roles_b.get(role):  # nothing is ever padded with a token
             name = "end token (eos_token)" if role == "eos_token" else role

@@ -108,14 +108,15 @@ def check_handshakes(config: Config) -> Iterator[Finding]:
 async def _shake(config: Config, role: str, model: TeacherConfig) -> list[Finding]:
     """What is wrong with the servers of one model."""
     async with AsyncExitStack() as stack:
-        clients = [new_client(config.engine, model.server, url) for url in model.server.urls]
+        expected = expected_of(config, role, model)
+        clients = [new_client(config.engine, model.server, url, expected.images) for url in model.server.urls]
         for client in clients:
             stack.push_async_callback(client.close)
         waits = [client.wait_until_ready(ANSWER_LIMIT_S) for client in clients]
         found = await asyncio.gather(*waits, return_exceptions=True)
         silent = [_silence(role, error) for error in found if isinstance(error, EngineError)]
         ready = [client for client, error in zip(clients, found, strict=True) if error is None]
-        _, mistakes = await shake_hands(expected_of(config, role, model), ready)
+        _, mistakes = await shake_hands(expected, ready)
         return silent + [by_error("handshakes", mistake) for mistake in mistakes]
 
 

@@ -137,9 +137,12 @@ def name_kernel_operators() -> None:
 def prepare_cpu() -> object | None:
     """Everything that ``--device cpu`` needs before SGLang is imported."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    sees = has_vision(argument("--model-path"))
+    if sees:  # parts of the vision tower are compiled otherwise: seconds at the first image, and a C++ compiler
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     library = declare_torchvision_operators()
     stand_in_for_sgl_kernel()
-    if has_vision(argument("--model-path")):
+    if sees:
         name_kernel_operators()
     if importlib.util.find_spec("triton") is None:
         stand_in_for_triton()

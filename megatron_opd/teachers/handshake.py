@@ -2,8 +2,8 @@
 
 A probe is a sequence of random ids that no server has seen. It is scored cold, again (warm), and in parts: with the
 prompt ending in several places, so that cache and start position differ. All ways, and all replicas of one model, must
-agree within ``scoring.probe_tolerance``. What was found is kept: a replica that was left out comes back only when it is
-still the same model and scores the probe as before.
+agree within ``scoring.probe_tolerance``. A model that sees gets a second one, with an image of random pixels. What was
+found is kept: a replica that was left out comes back only when it is still the same model and scores as before.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_opd.config import ServerConfig
+from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.scores import ScoringClient, Served
 from megatron_opd.errors import EngineError, OpdError
+from megatron_opd.runtime.vision import Vision
+from megatron_opd.teachers.probes import Probe, image_probe, text_probe
 from megatron_opd.teachers.scoring import score, score_request
-
-PROBE_TOKENS = 64  # longer than a page of any engine's cache
-PARTS = (16, 32, 48)  # where the prompt ends when the probe is scored in parts
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Expected:
     longest: int  # tokens of the longest prompt and response of the run
     top_k: int  # rows that will be asked for; one probe asks for them too
     tolerance: float  # nats
+    vision: Vision | None = None  # how it reads images; None: it is asked about none
+    images: ImageFolder | None = None  # of the clients; needed with vision
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +45,18 @@ class Proven:
     """A replica that has passed."""
 
     served: Served
-    probe: np.ndarray  # [PROBE_TOKENS] int64
-    logprobs: np.ndarray  # [PROBE_TOKENS - 1] float32, of all its ids but the first
+    probes: tuple[Probe, ...]
+    logprobs: tuple[np.ndarray, ...]  # of each probe [N - first cut] float32
 
 
 async def shake_hands(expected: Expected, clients: Sequence[ScoringClient]) -> tuple[dict[str, Proven], list[OpdError]]:
     """What each replica, by URL, has proven; and everything that is wrong, of all of them."""
-    seed = secrets.randbits(64)  # one probe for all replicas of a model, and another one each time: no cache has it
-    probe = np.random.default_rng(seed).integers(0, expected.vocab_size, PROBE_TOKENS)
-    found = await asyncio.gather(*(_prove(expected, client, probe) for client in clients))
+    # The same probes for all replicas of a model, and others each time: no cache has them.
+    rng = np.random.default_rng(secrets.randbits(64))
+    probes: tuple[Probe, ...] = (text_probe(rng, expected.vocab_size),)
+    if expected.vision is not None and expected.images is not None:
+        probes += (image_probe(rng, expected.vocab_size, expected.vision, expected.images),)
+    found = await asyncio.gather(*(_prove(expected, client, probes) for client in clients))
     proven = {proof.url: proof.proven for proof in found if proof.proven is not None}
     mistakes = [mistake for proof in found for mistake in proof.mistakes]
     return proven, mistakes + _disagreements(expected, proven)
@@ -66,8 +71,9 @@ async def check_again(expected: Expected, client: ScoringClient, proven: Proven)
         raise EngineError(what, kind="model", where=client.url, got=served, expected=proven.served)
     for mistake in _identity_mistakes(expected, client.url, served):
         raise mistake
-    values = await _score(expected, client, proven.probe, 1, served)
-    _compare(expected, client.url, "now", values, proven.logprobs)
+    for probe, before in zip(proven.probes, proven.logprobs, strict=True):
+        values = await _score(expected, client, probe, probe.cuts[0], served)
+        _compare(expected, client.url, f"{probe.name} now", values, before)
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,28 @@ class _Proof:
     mistakes: list[OpdError]
 
 
-async def _prove(expected: Expected, client: ScoringClient, probe: np.ndarray) -> _Proof:
+async def _prove(expected: Expected, client: ScoringClient, probes: tuple[Probe, ...]) -> _Proof:
     try:
         served = await _served(client)
         mistakes = _identity_mistakes(expected, client.url, served)
         if mistakes:
             return _Proof(client.url, None, mistakes)
-        cold = await _score(expected, client, probe, 1, served, top_k=expected.top_k)
-        _compare(expected, client.url, "warm", await _score(expected, client, probe, 1, served), cold)
-        for cut in PARTS:
-            values = await _score(expected, client, probe, cut, served)
-            _compare(expected, client.url, f"with a prompt of {cut}", values, cold[cut - 1 :])
+        logprobs = [await _prove_one(expected, client, probe, served) for probe in probes]
     except OpdError as error:
         return _Proof(client.url, None, [error])
-    return _Proof(client.url, Proven(served, probe, cold), [])
+    return _Proof(client.url, Proven(served, probes, tuple(logprobs)), [])
+
+
+async def _prove_one(expected: Expected, client: ScoringClient, probe: Probe, served: Served) -> np.ndarray:
+    """[N - first cut] log-probs of a probe, which are the same in all ways."""
+    first, *others = probe.cuts
+    cold = await _score(expected, client, probe, first, served, top_k=expected.top_k)
+    warm = await _score(expected, client, probe, first, served)
+    _compare(expected, client.url, f"{probe.name} warm", warm, cold)
+    for cut in others:
+        values = await _score(expected, client, probe, cut, served)
+        _compare(expected, client.url, f"{probe.name} with a prompt of {cut}", values, cold[cut - first :])
+    return cold
 
 
 async def _served(client: ScoringClient) -> Served:
@@ -103,9 +117,10 @@ async def _served(client: ScoringClient) -> Served:
 
 
 async def _score(
-    expected: Expected, client: ScoringClient, probe: np.ndarray, cut: int, served: Served, top_k: int = 0
+    expected: Expected, client: ScoringClient, probe: Probe, cut: int, served: Served, top_k: int = 0
 ) -> np.ndarray:
-    request = score_request(probe[:cut], probe[cut:], expected.vocab_size, top_k)
+    ids = probe.token_ids
+    request = score_request(ids[:cut], ids[cut:], expected.vocab_size, top_k, images=probe.images)
     return (await score(client, request, served)).logprobs
 
 
@@ -157,7 +172,8 @@ def _disagreements(expected: Expected, proven: dict[str, Proven]) -> list[OpdErr
     first = next(iter(proven), None)
     for url, other in proven.items():
         try:
-            _compare(expected, url, f"unlike {first}", other.logprobs, proven[first].logprobs)
+            for probe, values, before in zip(other.probes, other.logprobs, proven[first].logprobs, strict=True):
+                _compare(expected, url, f"{probe.name} unlike {first}", values, before)
         except EngineError as error:
             mistakes.append(error)
     return mistakes

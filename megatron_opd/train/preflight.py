@@ -16,6 +16,7 @@ from megatron_opd.runtime.env import secret
 from megatron_opd.runtime.vision import text_config
 from megatron_opd.student.hf_weights import weight_mistakes
 from megatron_opd.student.sizes import read_hf_config, size_mistakes
+from megatron_opd.train.vision_checks import vision_mistakes
 
 
 def preflight(config: Config) -> None:
@@ -67,6 +68,9 @@ def fit_mistakes(config: Config) -> Iterator[OpdError]:
     for key, model in models_of(config).items():
         yield from attempt(lambda k=key, m=model: check_context(k, m, longest_of(config)))
         yield from attempt(lambda k=key, m=model: _check_top_k(k, m, config.scoring.top_k))
+    seen: list[OpdError] = []
+    yield from attempt(lambda: seen.extend(vision_mistakes(config, frozen_models(config))))
+    yield from seen
 
 
 def tokenizer_mistakes(config: Config) -> Iterator[OpdError]:

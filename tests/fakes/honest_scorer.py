@@ -32,6 +32,18 @@ class HonestScorer:
         """Of each token but the first, [N - 1] float32."""
         return self.table[token_ids[:-1], token_ids[1:]]
 
+    def tokens(self, body: dict) -> list[int]:
+        """What the server makes of a request's tokens."""
+        return body["input_ids"]
+
+    def echoed(self, token_ids: list[int]) -> list[int]:
+        """What it calls them in its answer."""
+        return token_ids
+
+    def account(self, body: dict) -> dict:
+        """What it tells besides."""
+        return {}
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
         """The server's URL."""
@@ -55,12 +67,13 @@ class HonestScorer:
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append(body)
-        ids, start, top_k = body["input_ids"], body["logprob_start_len"], body.get("top_logprobs_num", 0)
+        ids, start, top_k = self.tokens(body), body["logprob_start_len"], body.get("top_logprobs_num", 0)
         warm = tuple(ids) in self.cached
         self.cached.add(tuple(ids))
         values = self.logprobs(ids)[start:] + self.drift_warm * warm + self.drift_part * (start > 0)
-        rows = [[None, ids[start], None]]
-        rows += [[float(value), token, None] for value, token in zip(values, ids[start + 1 :], strict=True)]
+        echoed = self.echoed(ids)[start:]
+        rows = [[None, echoed[0], None]]
+        rows += [[float(value), token, None] for value, token in zip(values, echoed[1:], strict=True)]
         meta = {
             "id": body["rid"],
             "finish_reason": {"type": "length", "length": 0},
@@ -69,7 +82,7 @@ class HonestScorer:
             "weight_version": self.weight_version,
             "input_token_logprobs": rows,
         }
-        reply = {"text": "", "meta_info": meta | self._top(ids[start:-1], top_k)}
+        reply = {"text": "", "meta_info": meta | self._top(ids[start:-1], top_k) | self.account(body)}
         return web.json_response(reply, dumps=partial(json.dumps, separators=(",", ":")))  # compact, as SGLang writes
 
     def _top(self, before: list[int], k: int) -> dict:

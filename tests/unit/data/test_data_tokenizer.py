@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.data.tokenizer import load_tokenizer, same_tokenizer
+from megatron_opd.data.tokenizer import lacking_tokens, load_tokenizer, same_tokenizer
 from megatron_opd.errors import ModelError
 
 
@@ -95,3 +95,37 @@ def test_the_modules_import_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def sees(model_folder):
+    """The tokenizer of a student that sees: three marks, and a word, have been added to the text model's."""
+    folder = model_folder("sees")
+    (folder / "config.json").write_text('{"model_type": "qwen3_vl", "vision_config": {}}')
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"], special_tokens=True)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_without_vision_may_lack_what_was_added_for_images(sees, model_folder):
+    text = model_folder("text")
+    same_tokenizer(sees, text)
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<think>"]
+    assert lacking_tokens(sees, text) == dict(enumerate(marks, start=259))
+    assert lacking_tokens(text, sees) == lacking_tokens(sees, sees) == {}
+    assert "<|vision_start|>" in str(difference(text, sees))  # a student must know all that its teacher says
+
+
+def test_a_teacher_that_uses_an_id_for_another_token_is_refused(sees, model_folder):
+    text = model_folder("text")
+    tokenizer = load_tokenizer(text)
+    tokenizer.add_tokens(["<|other|>"], special_tokens=True)
+    tokenizer.save_pretrained(text)
+    assert "259" in str(difference(sees, text))
+
+
+def test_two_models_without_vision_must_have_the_same_tokens(sees, model_folder):
+    (sees / "config.json").write_text('{"model_type": "qwen3"}')
+    assert "<|vision_start|>" in str(difference(sees, model_folder("text")))

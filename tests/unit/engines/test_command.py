@@ -34,6 +34,22 @@ def test_the_command_line_on_a_gpu() -> None:
     assert "--device" not in argv
 
 
+def test_a_model_that_sees(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    on_cpu, on_gpu = (
+        server_argv(EngineConfig(device=device), ServerConfig(), tmp_path, URL, seed=0) for device in ("cpu", "cuda")
+    )
+    assert on_cpu[-2:] == ["--mm-attention-backend", "sdpa"] and "--mm-attention-backend" not in on_gpu
+
+
+def test_an_engine_whose_weights_change_keeps_nothing_that_the_vision_tower_made() -> None:
+    for device in ("cpu", "cuda"):
+        fresh, frozen = (
+            server_environment(EngineConfig(device=device), ServerConfig(), frozen=frozen) for frozen in (False, True)
+        )
+        assert fresh["SGLANG_VLM_CACHE_SIZE_MB"] == "0" and "SGLANG_VLM_CACHE_SIZE_MB" not in frozen
+
+
 def test_answers_of_a_frozen_model_bear_its_name() -> None:
     plain, frozen = (server_argv(EngineConfig(), ServerConfig(), Path("m/x"), URL, seed=0, frozen=f) for f in (0, 1))
     assert "--weight-version" not in plain

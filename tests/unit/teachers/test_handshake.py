@@ -15,7 +15,8 @@ from honest_scorer import VOCAB, HonestScorer
 from megatron_opd.config import ServerConfig
 from megatron_opd.engines.sglang import SGLangClient
 from megatron_opd.errors import EngineError
-from megatron_opd.teachers.handshake import PARTS, PROBE_TOKENS, Expected, check_again, is_model, shake_hands
+from megatron_opd.teachers.handshake import Expected, check_again, is_model, shake_hands
+from megatron_opd.teachers.probes import PARTS, PROBE_TOKENS
 
 MODEL = Path("models/math")
 ATTACHED = ServerConfig(urls=["http://fake"])
