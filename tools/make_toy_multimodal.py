@@ -1,11 +1,11 @@
 """Make the multimodal toy data and models from nothing, on a CPU: see ``toy_multimodal/world.py``.
 
-    python tools/make_toy_multimodal.py [--out tools/toy_multimodal] [--only data|teacher|student] [--steps N]
+    python tools/make_toy_multimodal.py [--out tools/toy_multimodal] [--only data|teacher|language|student] [--steps N]
 
-The teacher learns to read dice from clean solutions.  The student has the teacher's vision tower, as models of
-one family do, and a language model of its own that learns dice and the text world's code from mostly careless
-solutions.  So its tower can stay frozen when it is distilled, and the text-only code teacher of ``tools/toy`` can teach
-it too.
+The teacher learns to read dice from clean solutions.  The student is made as such models are: a language model learns
+the text world's code, gets a vision tower that can see (the teacher's), and learns dice with it, without changing it;
+all of it from mostly careless solutions.  So the tower can stay frozen when the student is distilled, and the text-only
+code teacher of ``tools/toy`` can teach it too.  The language model alone is not shipped: it is in ``runs/toy-models``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from toy_multimodal.world import stream
 from transformers import PreTrainedTokenizerBase
 
 RECIPES = {
-    "teacher": Recipe(("dice",), careless=0.004, steps=1800, seed=2, soften=0.75),
-    "student": Recipe(("dice", "code"), careless=0.88, steps=2000, seed=1),
+    "teacher": Recipe(("dice",), careless=0.004, steps=1000, seed=2, soften=0.75),
+    "language": Recipe(("code",), careless=0.88, steps=700, seed=3),
+    "student": Recipe(("dice", "code"), careless=0.88, steps=600, seed=1),
 }
-SHIPPED = Path(__file__).resolve().parent / "toy_multimodal"
+TOOLS = Path(__file__).resolve().parent
+SHIPPED, MADE = TOOLS / "toy_multimodal", TOOLS.parent / "runs" / "toy-models"
 ROWS = {"train": 600, "eval": 200}  # of each domain
 DATA_SEED = 11
+URL = "data:image/png;base64,"
 
 
 def problems(domain: str, split: str, count: int) -> list[Problem]:
@@ -46,10 +49,10 @@ def problems(domain: str, split: str, count: int) -> list[Problem]:
 
 
 def record(name: str, problem: Problem) -> dict[str, object]:
-    """One line of a data file; images are PNG files as base64."""
+    """One line of a data file; images are PNG files as data URLs."""
     row = {"id": name, "domain": problem.domain, "prompt": problem.prompt, "answer": problem.answer}
-    pictures = getattr(problem, "pictures", ())
-    return row | ({"images": [base64.b64encode(picture.png()).decode() for picture in pictures]} if pictures else {})
+    images = [URL + base64.b64encode(p.png()).decode() for p in getattr(problem, "pictures", ())]
+    return row | ({"images": images} if images else {})
 
 
 def write_data(folder: Path) -> None:
@@ -67,21 +70,26 @@ def write_data(folder: Path) -> None:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
+def folder_of(out: Path, name: str) -> Path:
+    """Where a model is saved."""
+    return MADE / name if name == "language" else out / "models" / name
+
+
 def make_model(out: Path, name: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Train and save one model; the student needs the teacher to be there."""
-    model = new_model(recipe.seed)
+    """Train and save one model; the student is made of the other two."""
     if name == "student":
-        tower = load_model(out / "models" / "teacher").model.visual
-        model.model.visual.load_state_dict(tower.state_dict())
-        model.model.visual.requires_grad_(False)
-    save_model(train(model, tokenizer, name, recipe), tokenizer, out / "models" / name)
+        model = load_model(folder_of(out, "language"))
+        model.model.visual = load_model(folder_of(out, "teacher")).model.visual.requires_grad_(False)
+    else:
+        model = new_model(recipe.seed)
+    save_model(train(model, tokenizer, name, recipe), tokenizer, folder_of(out, name))
 
 
 def report(out: Path, names: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the accuracies of the saved models on the held-out problems."""
     print(f"{'model':<10}{'domain':<10}{'sampled':>9}{'greedy':>9}")
     for name in names:
-        model = load_model(out / "models" / name)
+        model = load_model(folder_of(out, name))
         for domain in RECIPES[name].domains:
             held_out = problems(domain, "eval", ROWS["eval"])
             sampled, greedy = (accuracy(model, tokenizer, held_out, greedy) for greedy in (False, True))

@@ -31,7 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, counts: list[int]) -> list[int]:
-    """Token ids of a prompt up to where the assistant speaks; each mark becomes as many placeholders as ``counts`` says."""
+    """Token ids of a prompt up to where the assistant speaks; each mark becomes as many placeholders as is counted."""
     text, *rest = prompt.split(MARK)
     parts: list[dict[str, str]] = [{"type": "text", "text": text}]
     for text in rest:

@@ -16,9 +16,9 @@ from toy.world import stream as text_stream
 from toy_multimodal.dice import COLOURS, Picture, throw
 
 MARK = "<image>"  # in a prompt: here comes the next image
-READ = ("{i}How many {a}?", "{i}Compute {a}.", "How many {a}?{i}")
-ADD = ("{i}How many {a} and {b}?", "{i}Compute {a} + {b}.", "Compute {a} + {b}.{i}")
-SUB = ("{i}How many {a} minus {b}?", "{i}Compute {a} - {b}.", "Compute {a} - {b}.{i}")
+READ = ("{i}How many {a}?", "{i}Compute {a}.")
+ADD = ("{i}How many {a} and {b}?", "{i}Compute {a} + {b}.")
+SUB = ("{i}How many {a} minus {b}?", "{i}Compute {a} - {b}.")
 TWO_SHARE = 0.3  # of the questions about two dice: the second lies in a second picture
 
 
