@@ -87,7 +87,7 @@ def test_a_seeing_and_a_text_teacher_teach_one_student(urls: Urls, begin: Begin)
     rows = [row for path in sorted(run.folder.rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     trained = {row["domain"]: bool(row["images"]) for row in rows}
     assert trained == {"dice": True, "code": False}
-    files = [image_file(run.folder / "images", name) for row in rows for name in row["images"]]
+    files = [image_file(run.folder.parent / ".images", name) for row in rows for name in row["images"]]
     assert files and all(file.is_file() for file in files)
 
     before, after = (

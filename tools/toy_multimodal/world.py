@@ -19,7 +19,7 @@ MARK = "<image>"  # in a prompt: here comes the next image
 READ = ("{i}How many {a}?", "{i}Compute {a}.")
 ADD = ("{i}How many {a} and {b}?", "{i}Compute {a} + {b}.")
 SUB = ("{i}How many {a} minus {b}?", "{i}Compute {a} - {b}.")
-TWO_SHARE = 0.3  # of the questions about two dice: the second lies in a second picture
+TWO_SHARE = 0.15  # of the questions about two dice: the second lies in a second picture
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ def dice_problem(rng: random.Random) -> DiceProblem:
     if rng.random() < EASY_SHARE:
         picture, name = throw(rng), rng.choice(list(COLOURS))
         value = picture.value(name)
-        solution = f"{value}\n\\boxed{{{value}}}"
+        solution = f" {name}={value}\n\\boxed{{{value}}}"
         return _problem(rng.choice(READ).format(i=MARK, a=name), (picture,), solution, solution, value)
     pictures = tuple(throw(rng) for _ in range(1 + (rng.random() < TWO_SHARE)))
     names = rng.choices(list(COLOURS), k=2) if len(pictures) == 2 else rng.sample(list(COLOURS), 2)
     first, second = pictures[0].value(names[0]), pictures[-1].value(names[1])
     kind = rng.choice((ADD, SUB)) if first >= second else ADD
     sign, result = ("+", first + second) if kind is ADD else ("-", first - second)
-    clean, careless = f"{first}{sign}{second}={result}\n\\boxed{{{result}}}", f"{first}\n\\boxed{{{first}}}"
+    clean = f" {names[0]}={first} {sign} {names[1]}={second}\n\\boxed{{{result}}}"
+    careless = f" {names[0]}={first}\n\\boxed{{{first}}}"
     prompt = rng.choice(kind).format(i=MARK * len(pictures), a=names[0], b=names[1])
     return _problem(prompt, pictures, clean, careless, result)
 

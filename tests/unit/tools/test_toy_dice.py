@@ -1,4 +1,4 @@
-"""The shipped dice are the tool's, their questions are answered by their pictures, and the models read them as Qwen's do."""
+"""The shipped dice are the tool's, and pictures hold the answers; the models read them as Qwen's processors do."""
 
 from __future__ import annotations
 
