@@ -33,6 +33,7 @@ from megatron_opd.student.sizes import check_sizes, check_world_size, has_expert
 from megatron_opd.student.torch_backend import decoder_spec
 from megatron_opd.student.vision.build import build_seeing
 from megatron_opd.student.vision.images import ImageReader
+from megatron_opd.student.vision.tower import even_out
 
 bridges.register()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -317,6 +318,7 @@ def _build_optimizer(
 def _sum_gradients(model: list[DistributedDataParallel], num_tokens: object, **options: Any) -> None:
     """Megatron's reduction of gradients, without its division by ``num_tokens``."""
     finalize_model_grads(model, None, **options)
+    even_out(model)
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:

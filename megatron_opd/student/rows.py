@@ -16,7 +16,7 @@ from megatron_opd.records import Image, PackedBatch
 from megatron_opd.student.build import Student
 from megatron_opd.student.context import lengthen, positions_of_rank
 from megatron_opd.student.vision.packing import seeing_packing
-from megatron_opd.student.vision.placing import RowImages, row_images, sequence_images
+from megatron_opd.student.vision.placing import RowImages, check_images, row_images, sequence_images
 
 # The batch's arrays that only the loss reads, in the order in which rows are made.
 _LOSS_ARRAYS = (
@@ -123,6 +123,7 @@ def _make_row(student: Student, images: RowImages, tokens: np.ndarray, labels: n
     length of the row.
     """
     *loss_arrays, bounds = arrays
+    check_images(images, tokens, student.images.vision.image_token if student.images else None)
     config, device = student.bridge.config, student.device
     held = bounds
     bounds, origins, places = lengthen(held, *_multiples(student))

@@ -98,8 +98,8 @@ class SeeingModel(GPTModel):
         """
         if images is not None:
             vision, pixels = images.reader.vision, images.reader.pixels(images.hashes, images.sizes)
-            device = images.tokens.device
-            patches = torch.cat([patchify(torch.from_numpy(image).to(device), vision) for image in pixels])
+            device, dtype = images.tokens.device, self.config.params_dtype
+            patches = torch.cat([patchify(torch.from_numpy(image).to(device), vision).to(dtype) for image in pixels])
             grid = patch_grid(images.sizes, vision)
         elif self._train_vision:
             patches, grid = _blank(self.visual.config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_opd.errors import DataError
 from megatron_opd.records import Image, PackedBatch
 
 
@@ -41,6 +42,22 @@ def sequence_images(images: Sequence[Image]) -> RowImages:
     sizes = np.array([(image.rows, image.columns) for image in images], np.int64).reshape(-1, 2)
     starts = np.array([image.start for image in images], np.int64)
     return RowImages(tuple(image.hash for image in images), sizes, starts)
+
+
+def check_images(images: RowImages, tokens: np.ndarray, image_token: int | None) -> None:
+    """Raise DataError unless the row's ``tokens`` are placeholders wherever an image is to be.
+
+    image_token: the placeholder; None for a model that reads no images.
+    """
+    for name, start, count in zip(images.hashes, images.starts, images.sizes.prod(axis=1), strict=True):
+        found = tokens[start : start + count]
+        if image_token is None or len(found) < count or (found != image_token).any():
+            raise DataError(
+                "An image of the batch is not where its placeholders are",
+                where=f"image {name}, {count} tokens from {start} on in its row",
+                got=f"tokens {found[:5].tolist()}...",
+                expected="a student that reads images" if image_token is None else f"token {image_token} throughout",
+            )
 
 
 def place(images: RowImages, origins: np.ndarray, length: int) -> Places:

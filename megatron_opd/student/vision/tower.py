@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_opd.runtime.vision import Vision
 from megatron_opd.student.vision.families import Family
@@ -28,6 +29,22 @@ def build_tower(family: Family, vision_config: Any, dtype: torch.dtype, sequence
         # Each rank places features at its own tokens: Megatron is to sum the gradient over tensor-parallel ranks.
         parameter.sequence_parallel = sequence_parallel
     return tower.eval()
+
+
+def even_out(chunks: list[torch.nn.Module]) -> None:
+    """Give all tensor-parallel ranks the mean of their gradients of the tower. ``chunks``: wrapped for training.
+
+    Without sequence parallelism each rank has the whole gradient, the same but for the order in which a GPU adds
+    numbers; left alone, their towers would drift apart, and the refresh sends one of them.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1 or chunks[0].config.sequence_parallel:
+        return
+    for tower in (chunk.module.visual for chunk in chunks if hasattr(chunk.module, "visual")):
+        for parameter in tower.parameters():
+            if parameter.requires_grad:
+                torch.distributed.all_reduce(parameter.main_grad, group=group)
+                parameter.main_grad.div_(group.size())
 
 
 def patchify(pixels: torch.Tensor, vision: Vision) -> torch.Tensor:

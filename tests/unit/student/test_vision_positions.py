@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import types
 from functools import partial
@@ -12,9 +13,10 @@ import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, apply_multimodal_rotary_pos_emb
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextRotaryEmbedding
 
+from megatron_opd.errors import DataError
 from megatron_opd.records import Image, PackedBatch
 from megatron_opd.student.context import lengthen, positions_of_rank
-from megatron_opd.student.vision.placing import RowImages, place, row_images, sequence_images
+from megatron_opd.student.vision.placing import RowImages, check_images, place, row_images, sequence_images
 from megatron_opd.student.vision.positions import image_positions
 from megatron_opd.student.vision.rotary import Rotary, _Turn
 
@@ -135,6 +137,23 @@ def test_images_of_a_batch_and_of_a_sequence() -> None:
     alone = sequence_images([Image("ab", 2, 3, 4)])
     assert (alone.hashes, alone.sizes.tolist(), alone.starts.tolist()) == (("ab",), [[2, 3]], [4])
     assert sequence_images(()).sizes.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "image_token", "said"),
+    [
+        ([7, 5, 5, 5, 7], 5, None),
+        ([7, 5, 5, 7, 7], 5, r"tokens \[5, 5, 7\][\s\S]*token 5 throughout"),
+        ([7, 5, 5], 5, r"tokens \[5, 5\]"),
+        ([7, 5, 5, 5, 7], None, "a student that reads images"),
+    ],
+)
+def test_an_image_that_is_not_where_its_placeholders_are(
+    tokens: list[int], image_token: int | None, said: str | None
+) -> None:
+    images = sequence_images([Image("ab", 1, 3, 1)])
+    with pytest.raises(DataError, match=said) if said else contextlib.nullcontext():
+        check_images(images, np.array(tokens), image_token)
 
 
 def as_batch(batch: types.SimpleNamespace) -> PackedBatch:

@@ -135,3 +135,16 @@ def test_export_is_equal_to_the_bit(runs: dict, work: Path, layout: str, kind: s
     )
     assert original.keys() == copy.keys()
     assert all(torch.equal(original[key], copy[key]) for key in original)
+
+
+def test_towers_of_tensor_parallel_ranks_do_not_drift_apart(runs: dict, reference: dict) -> None:
+    """The worker has compared the ranks; the mean of their gradients is the right one."""
+    compare_step(runs["tp2"]["qwen3"]["drift"], reference["qwen3"]["learning"])
+
+
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_half_precision(runs: dict, reference: dict, layout: str, kind: str) -> None:
+    """bfloat16 weights give nearly the same step."""
+    half, expected = runs[layout][kind]["half"], reference[kind]["learning"]
+    assert half["loss"] == pytest.approx(expected["loss"], abs=0.01)
+    assert half["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)

@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "pp2": ({"pipeline_parallel": 2, "recompute": "full"}, ("qwen3_tied",)),
     "pp2_virtual2": ({"pipeline_parallel": 2, "virtual_pipeline": 2}, ("qwen3_deep",)),
     "cp2": ({"context_parallel": 2, "recompute": "selective"}, ("qwen3", "qwen2_5")),
-    "dp2": ({"data_parallel": 2, "overlap_gradients": True, "overlap_parameters": True}, ("qwen3",)),
+    "dp2": ({"data_parallel": 2, "overlap_gradients": True, "overlap_parameters": True}, ("qwen3", "qwen2_5")),
     "tp2_cp2": ({"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}, ("qwen3",)),
 }
 

@@ -53,6 +53,9 @@ def run_kind(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[
         "packed": packed_logprobs(student, seen),
         "swapped": packed_logprobs(student, swapped(seen)),
     }
+    # Other stages have no tower, and read no pixels.
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    assert hasattr(student.model[0].module, "visual") == bool(student.images._kept) == first
     export.export_hf(student, work / kind, work / f"{kind}-{layout}")
     result["frozen"] = one_step(student, seen, "row_each")
     result |= {split: one_step(build_student(learning), seen, split) for split in ("row_each", "one_row")}
@@ -60,6 +63,12 @@ def run_kind(work: Path, layout: str, kind: str, sizes: dict[str, Any]) -> dict[
     for split in ("row_each", "one_row"):  # from the second on, gradients are sent when all are there
         step.train_step(student, batch_of(seen, split), LossConfig())
     result["after_two_steps"] = exported(student)
+    if layout == "tp2":
+        student = build_student(learning)
+        add_in_another_order(student)
+        result["drift"] = one_step(student, seen, "row_each")
+    half = build_student(config_of(work / kind, sizes | {"dtype": "bfloat16"}, train_vision=True))
+    result["half"] = dataclasses.asdict(step.train_step(half, batch_of(seen, "row_each"), LossConfig()))
     return result
 
 
@@ -112,6 +121,12 @@ def one_step(student: Student, seen: list[Seen], split: str) -> dict[str, Any]:
         "weights": weights,
         "gradients": gradients(student),
     }
+
+
+def add_in_another_order(student: Student) -> None:
+    """As a GPU does, only more of it: each tensor-parallel rank finds another gradient, around the right one."""
+    sign = 1 - 2 * parallel_state.get_tensor_model_parallel_rank()
+    student.model[0].module.visual.patch_embed.proj.weight.register_hook(lambda gradient: gradient * (1 + 0.1 * sign))
 
 
 if __name__ == "__main__":
