@@ -12,6 +12,7 @@ from megatron_opd.runtime.env import engine_environment
 from megatron_opd.runtime.vision import has_vision
 
 LAUNCHER = Path(__file__).with_name("sglang_launcher.py")
+IMAGE_CACHE_MB = 256  # of decoded images in a server
 CPU_CACHE_TOKENS = 65536  # a CPU machine's memory is shared with the trainer, so the cache gets a fixed size
 
 
@@ -57,6 +58,9 @@ def server_argv(
     ]
     argv += ["--weight-version", str(model)] if frozen else []
     argv += ["--enable-deterministic-inference"] if engine.deterministic else []
+    # Each image of a group is decoded once. And SGLang keeps a request's tokens on the way that leads to this cache; on
+    # the other, Qwen2.5-VL's, it makes text of them and looks for images in it: "<image>" in a response would be one.
+    argv += ["--mm-preprocess-cache-size-mb", str(IMAGE_CACHE_MB)] if has_vision(model) else []
     if resolve_device(engine.device) == "cpu":
         # In one piece: where a prompt is cut depends on the others of the batch, and cutting changes the rounding.
         argv += ["--chunked-prefill-size", "-1"] if engine.deterministic else []

@@ -29,6 +29,12 @@ class Vision:
     max_pixels: int  # a larger image is shrunk
     mean: tuple[float, float, float]  # subtracted from red, green and blue in 0..1
     std: tuple[float, float, float]  # divided by afterwards
+    video_token: int | None = None  # stands for a part of a video; None: the model reads none
+
+    @property
+    def placeholders(self) -> frozenset[int]:
+        """Ids that a server takes for the place of an image or a video, wherever they are."""
+        return frozenset(token for token in (self.image_token, self.video_token) if token is not None)
 
     @property
     def token_pixels(self) -> int:
@@ -56,6 +62,7 @@ def read_vision(folder: Path) -> Vision | None:
             max_pixels=size.get("longest_edge") or processor["max_pixels"],
             mean=tuple(processor["image_mean"]),
             std=tuple(processor["image_std"]),
+            video_token=config.get("video_token_id"),
         )
     except KeyError as error:
         raise ModelError(

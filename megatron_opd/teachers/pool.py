@@ -12,7 +12,7 @@ from megatron_opd.engines.scores import ScoreRequest, ScoringClient, Served
 from megatron_opd.errors import EngineError
 from megatron_opd.records import Dropped, Rollout, Scored, Verified
 from megatron_opd.runtime.replicas import ReplicaPool
-from megatron_opd.teachers.scoring import Scores, ScoringError, score, score_request
+from megatron_opd.teachers.scoring import Scores, ScoringError, UnfitRequest, score, score_request
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Teacher:
     served: dict[str, Served]  # URL to what that replica said of itself at the start
     leaves_out_images: bool = False  # of what it is asked, with their tokens
     lacking: frozenset[int] = frozenset()  # the student's ids that its tokenizer does not have
+    placeholders: frozenset[int] = frozenset()  # ids at which its servers look for an image or a video
 
 
 class TeacherPool:
@@ -103,6 +104,10 @@ def _request(teacher: Teacher, rollout: Rollout, top_k: int) -> ScoreRequest:
     """The rollout as this teacher is asked about it: a response is the same whatever comes before it."""
     prompt = rollout.prompt
     left_out = teacher.leaves_out_images and prompt.images
+    found = teacher.placeholders.intersection(rollout.token_ids.tolist()) if prompt.images and not left_out else None
+    if found:  # beside an image the server would look for theirs too; in a text without any it does not
+        what = "A response contains the placeholder of an image or a video"
+        raise UnfitRequest(what, kind="image_layout", got=sorted(found), expected="placeholders in the prompt alone")
     return score_request(
         np.array(without_images(prompt) if left_out else prompt.token_ids, dtype=np.int64),
         rollout.token_ids,

@@ -121,6 +121,7 @@ def _teacher(model: _Frozen, lacking: Mapping[int, str]) -> Teacher:
         served={url: proven.served for url, proven in model.proven.items()},
         leaves_out_images=model.leaves_out_images,
         lacking=frozenset(lacking),
+        placeholders=model.expected.vision.placeholders if model.expected.vision else frozenset(),
     )
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pools import pool_of
 from real_servers import running
+from transformers import AutoModelForCausalLM
 from vision_models import FAMILIES, make_vision_model
 from vision_reference import VisionReference, image_prompt
 
 from megatron_opd.config import EngineConfig, ServerConfig
-from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.data.tokenizer import lacking_tokens, load_tokenizer
 from megatron_opd.engines.connect import new_client
 from megatron_opd.engines.images import ImageFolder
 from megatron_opd.engines.rollout import RolloutEngine
@@ -28,6 +30,8 @@ from megatron_opd.teachers.handshake import Expected, check_again, shake_hands
 from megatron_opd.teachers.pool import Teacher, TeacherPool
 from megatron_opd.teachers.scoring import score, score_request
 from megatron_opd.train.roles import replica_roles
+
+from runs import ROOT
 
 VOCAB = 516
 TOLERANCE = 1e-4
@@ -101,6 +105,51 @@ async def test_a_model_that_teaches_itself_has_no_gap(client, served: Served, si
         assert np.abs(rollout.logprobs - expected).max() <= TOLERANCE
 
 
+async def test_a_text_that_names_an_image_keeps_its_tokens(client, served: Served) -> None:
+    """SGLang takes "<image>" in a text for the place of an image, unless it leaves the tokens as they are."""
+    tokenizer = load_tokenizer(served.model)
+    prompt = image_prompt(served.images, served.vision, [(2, 4)], seed=9)
+    response = np.array(tokenizer.encode("see <image> and <image>", add_special_tokens=False))
+    scores = await score(client, score_request(np.array(prompt.token_ids), response, VOCAB, 0, images=prompt.images))
+    expected = served.reference.logprobs(prompt, response.tolist())
+    assert np.abs(scores.logprobs - expected).max() <= TOLERANCE
+
+
+async def test_marks_of_images_in_a_text_without_any_are_plain_tokens(client, served: Served) -> None:
+    prompt = image_prompt(served.images, served.vision, [], seed=10)
+    response = np.array([7, 512, 514, 514, 513, 8, 515, 9])
+    for _ in range(2):
+        scores = await score(client, score_request(np.array(prompt.token_ids), response, VOCAB, 0))
+        expected = served.reference.logprobs(prompt, response.tolist())
+        assert np.abs(scores.logprobs - expected).max() <= TOLERANCE
+
+
+async def test_marks_around_nothing_in_a_response_are_plain_tokens(client, served: Served) -> None:
+    prompt, response = image_prompt(served.images, served.vision, [(2, 4)], seed=12), np.array([7, 512, 8, 512, 513, 9])
+    scores = await score(client, score_request(np.array(prompt.token_ids), response, VOCAB, 0, images=prompt.images))
+    expected = served.reference.logprobs(prompt, response.tolist())
+    assert np.abs(scores.logprobs - expected).max() <= TOLERANCE
+
+
+async def test_a_teacher_without_vision_scores_what_a_model_that_sees_has_said(client, served: Served, servers) -> None:
+    """The toy world's math teacher, which has the same text tokens."""
+    model = ROOT / "tools" / "toy" / "models" / "math"
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    blind = new_client(EngineConfig(), ServerConfig(urls=[servers.math]), servers.math)
+    lacking = frozenset(lacking_tokens(served.model, model))
+    teacher = Teacher("math", pool_of(blind), 512, {}, leaves_out_images=True, lacking=lacking)
+    pool = TeacherPool([teacher], 1, reference=None, top_k=0, student_vocab_size=VOCAB)
+    for rollout in await sample(client, served, SIZES["two"], seed=11):
+        scored = await pool.score(Verified(rollout, Outcome.UNKNOWN, ""))
+        text = [token for token in rollout.prompt.token_ids if token < served.vision.start_token]
+        ids = torch.tensor([[*text, *rollout.token_ids.tolist()]])
+        with torch.no_grad():
+            table = reference(ids).logits[0, len(text) - 1 : -1].log_softmax(-1).numpy()
+        expected = table[range(len(rollout.token_ids)), rollout.token_ids]
+        assert np.abs(scored.teacher_logprobs - expected).max() <= TOLERANCE
+    await blind.close()
+
+
 async def test_a_group_s_image_is_encoded_once(client, served: Served) -> None:
     prompt = image_prompt(served.images, served.vision, [(8, 8)], seed=5)
     response, ids = response_of(8, seed=6), np.array(prompt.token_ids)
@@ -122,11 +171,12 @@ async def test_the_handshake_tries_an_image(client, served: Served) -> None:
     await client.close()
 
 
-async def test_a_placeholder_in_a_response_is_dropped_and_the_server_lives(client, served: Served) -> None:
+@pytest.mark.parametrize("mark", ["image_token", "video_token"])
+async def test_a_placeholder_in_a_response_is_dropped_and_the_server_lives(client, served: Served, mark: str) -> None:
     prompt = image_prompt(served.images, served.vision, [(2, 4)], seed=7)
-    response = np.array([5, served.vision.image_token, 6])
+    response = np.array([5, getattr(served.vision, mark), 6])
     rollout = Rollout(prompt, 0, response, np.zeros(3, np.float32), np.zeros(3, np.int64), "stop", "")
-    teacher = Teacher("math", pool_of(client), VOCAB, {})
+    teacher = Teacher("math", pool_of(client), VOCAB, {}, placeholders=served.vision.placeholders)
     pool = TeacherPool([teacher], 1, reference=None, top_k=0, student_vocab_size=VOCAB)
     dropped = await pool.score(Verified(rollout, Outcome.UNKNOWN, ""))
     assert isinstance(dropped, Dropped) and dropped.kind == "image_layout"

@@ -36,7 +36,7 @@ class HonestScorer:
         """What the server makes of a request's tokens."""
         return body["input_ids"]
 
-    def echoed(self, token_ids: list[int]) -> list[int]:
+    def echoed(self, body: dict, token_ids: list[int]) -> list[int]:
         """What it calls them in its answer."""
         return token_ids
 
@@ -71,7 +71,7 @@ class HonestScorer:
         warm = tuple(ids) in self.cached
         self.cached.add(tuple(ids))
         values = self.logprobs(ids)[start:] + self.drift_warm * warm + self.drift_part * (start > 0)
-        echoed = self.echoed(ids)[start:]
+        echoed = self.echoed(body, ids)[start:]
         rows = [[None, echoed[0], None]]
         rows += [[float(value), token, None] for value, token in zip(values, echoed[1:], strict=True)]
         meta = {

@@ -34,22 +34,26 @@ class SeeingScorer(HonestScorer):
         self.told_more = 0  # image tokens that it says beyond those that there are
 
     def tokens(self, body: dict) -> list[int]:
-        images = iter(body.get("image_data", ()))
+        if "image_data" not in body:
+            return body["input_ids"]
+        images = iter(body["image_data"])
         expanded: list[int] = []
         for token in body["input_ids"]:
             expanded += [token] * (self._size(next(images)) if token == VISION.image_token else 1)
         assert next(images, None) is None
-        if self.late and VISION.image_token in expanded:
+        if self.late:
             first, end = expanded.index(VISION.image_token), expanded.index(VISION.end_token)
             expanded[first], expanded[end] = expanded[end], expanded[first]
         return expanded
 
-    def echoed(self, token_ids: list[int]) -> list[int]:
-        return [0 if token == VISION.image_token else token for token in token_ids]
+    def echoed(self, body: dict, token_ids: list[int]) -> list[int]:
+        hidden = VISION.image_token if "image_data" in body else None
+        return [0 if token == hidden else token for token in token_ids]
 
     def account(self, body: dict) -> dict:
-        counted = self.tokens(body).count(VISION.image_token)
-        return {"image_tokens": counted + self.told_more} if counted else {}
+        if "image_data" not in body:
+            return {}
+        return {"image_tokens": self.tokens(body).count(VISION.image_token) + self.told_more}
 
     def _size(self, image: str) -> int:
         width, height = Picture.open(io.BytesIO(base64.b64decode(image))).size

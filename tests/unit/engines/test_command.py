@@ -40,6 +40,8 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
         server_argv(EngineConfig(device=device), ServerConfig(), tmp_path, URL, seed=0) for device in ("cpu", "cuda")
     )
     assert on_cpu[-2:] == ["--mm-attention-backend", "sdpa"] and "--mm-attention-backend" not in on_gpu
+    for argv in (on_cpu, on_gpu):
+        assert argv[argv.index("--mm-preprocess-cache-size-mb") + 1] == "256"
 
 
 def test_an_engine_whose_weights_change_keeps_nothing_that_the_vision_tower_made() -> None:

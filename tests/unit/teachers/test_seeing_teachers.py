@@ -113,6 +113,16 @@ async def test_a_server_that_lays_images_out_differently_does_not_start(scorer, 
     assert proven == {} and isinstance(mistake, EngineError) and mistake.kind == "image_layout"
 
 
+@pytest.mark.parametrize("placeholder", [502, 503])
+async def test_a_placeholder_in_a_response_is_not_sent_beside_an_image(scorer, tmp_path, placeholder: int) -> None:
+    server, client, _ = scorer
+    item = verified(tmp_path, response=(8, placeholder, 2))
+    dropped = await pool(client, placeholders=frozenset({502, 503})).score(item)
+    assert isinstance(dropped, Dropped) and dropped.kind == "image_layout" and str(placeholder) in dropped.reason
+    dropped = await pool(client).score(verified(tmp_path, response=(8, 502, 2)))  # whoever asks: nor does the client
+    assert isinstance(dropped, Dropped) and dropped.kind == "image_layout" and server.requests == []
+
+
 async def test_a_teacher_without_vision_scores_the_response_after_the_text_alone(tmp_path: Path) -> None:
     rows = [[None, 7, None], [-0.5, 8, None], [-1.0, 9, None], [-0.25, 2, None]]
     client = FakeScorer(good_reply(input_token_logprobs=rows, prompt_tokens=6))
