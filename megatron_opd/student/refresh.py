@@ -241,12 +241,15 @@ class WeightRefresh:
         same = ours.shape == theirs.shape
         difference = float(np.abs(ours - theirs)[probe.compared].max()) if same else float("nan")
         if not difference <= self._config.probe_tolerance:  # also true for NaN
+            fix = "compare the precision of student and engine (student.dtype, engine.dtype), then the name map"
+            if probe.images:
+                fix += "; then the vision tower, and whether the engine keeps what it makes of images (docs/refresh.md)"
             raise RefreshError(
                 "After a weight refresh the rollout engine's log-probs are not the trainer's",
                 where=f"{engine.url}, weight version {version}, probe of {len(ours) + 1} tokens",
                 got=f"largest difference {difference:.3g}",
                 expected=f"at most {self._config.probe_tolerance:g}",
-                fix="compare the precision of student and engine (student.dtype, engine.dtype), then the name map",
+                fix=fix,
             )
         return difference
 

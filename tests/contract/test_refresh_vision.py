@@ -46,7 +46,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", worker, str(work), str(model), *urls],
                 check=False,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
                 stdout=output,
                 stderr=output,
                 timeout=300,

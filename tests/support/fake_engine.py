@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from aiohttp import web
+from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
@@ -37,6 +39,7 @@ class FakeEngine:
     at: int = 2
     release: str = "0.5.21"
     checksum: str | None = None
+    image_side: int = 0  # pixels of the side of what one placeholder stands for
     version: str = "default"
     paused: bool = False
     is_open: bool = False  # between begin and end
@@ -153,7 +156,11 @@ class FakeEngine:
     async def generate(self, body: dict) -> web.Response:
         """The probe: every token has a log-prob of -1, or of -100."""
         value = -100.0 if self._has("logprobs", at_any=True) else -1.0
-        rows = [[None if number == 0 else value, token, None] for number, token in enumerate(body["input_ids"])]
+        ids = body["input_ids"]
+        for png in body.get("image_data", ()):  # each has one placeholder and stands for more; which ids is not asked
+            width, height = PillowImage.open(io.BytesIO(base64.b64decode(png))).size
+            ids = [*ids, *[0] * (width * height // self.image_side**2 - 1)]
+        rows = [[None if number == 0 else value, token, None] for number, token in enumerate(ids)]
         meta = {"id": body.get("rid"), "input_token_logprobs": rows}
         return web.json_response({"meta_info": meta})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from vision_case import VisionReference, make_images, make_samples
 from vision_files_case import CONVERTED, KINDS, LOADS, TRAINED, TRAINED_KIND, make_models
 
 from megatron_opd.convert.checks import check_to_hf, check_to_megatron
+from megatron_opd.student.export import copy_side_files
 from megatron_opd.student.hf_weights import weight_mistakes
 from megatron_opd.student.sizes import read_hf_config
 
@@ -92,12 +94,17 @@ def test_an_export_is_a_whole_folder_with_equal_logits_on_an_image(work: Path, k
     assert torch.equal(*logits) and logits[0].isfinite().all()
 
 
-def test_the_precision_is_named_wherever_config_json_has_it(work: Path) -> None:
-    """transformers reads that of the whole, SGLang that of the text."""
-    config = json.loads((work / "hf" / "half-one-one" / "config.json").read_text())
-    assert {config["dtype"], *(config[part].get("dtype", "bfloat16") for part in ("text_config", "vision_config"))} == {
-        "bfloat16"
-    }
+def test_the_precision_is_named_wherever_config_json_has_it(work: Path, tmp_path: Path) -> None:
+    """transformers reads that of the whole, and others that of the text."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(work / "models" / "qwen3", source)
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["dtype"] = "float32"
+    (source / "config.json").write_text(json.dumps(config))
+    copy_side_files(source, target, torch.bfloat16)
+    found = json.loads((target / "config.json").read_text())
+    assert found["dtype"] == found["text_config"]["dtype"] == "bfloat16" and "dtype" not in found["vision_config"]
 
 
 @pytest.mark.parametrize(("by", "under", "learning"), LOADED)
