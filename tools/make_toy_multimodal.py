@@ -3,9 +3,9 @@
     python tools/make_toy_multimodal.py [--out tools/toy_multimodal] [--only data|teacher|language|student] [--steps N]
 
 The teacher learns to read dice from clean solutions.  The student is made as such models are: a language model learns
-the text world's code first, and then dice too, with a vision tower; all of it from mostly careless solutions.  So its
-tower sees well enough to stay frozen when the student is distilled, and the text-only code teacher of ``tools/toy`` can
-teach it too.  The language model alone is not shipped: it is kept in ``runs/toy-models``.
+the text world's code, gets a vision tower that can see (the teacher's), and learns dice with it, without changing it;
+all of it from mostly careless solutions.  So the tower can stay frozen when the student is distilled, and the text-only
+code teacher of ``tools/toy`` can teach it too.  The language model alone is not shipped: it is in ``runs/toy-models``.
 """
 
 from __future__ import annotations
@@ -76,8 +76,12 @@ def folder_of(out: Path, name: str) -> Path:
 
 
 def make_model(out: Path, name: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Train and save one model; the student needs the language model."""
-    model = load_model(folder_of(out, "language")) if name == "student" else new_model(recipe.seed)
+    """Train and save one model; the student is made of the other two."""
+    if name == "student":
+        model = load_model(folder_of(out, "language"))
+        model.model.visual = load_model(folder_of(out, "teacher")).model.visual.requires_grad_(False)
+    else:
+        model = new_model(recipe.seed)
     save_model(train(model, tokenizer, name, recipe), tokenizer, folder_of(out, name))
 
 
