@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from make_toy_multimodal import ROWS, SHIPPED, URL, problems, write_data
 from PIL import Image
+from safetensors.torch import load_file
 from toy_multimodal.dice import COLOURS, DIE, PALETTE, PIPS, SIZES, Picture
 from toy_multimodal.model import PATCH, SIDE, patches
 from toy_multimodal.tokenizer import make_tokenizer
 from toy_multimodal.training import collate, encode
 from toy_multimodal.world import MARK
 from transformers import Qwen2VLImageProcessor
+
+from megatron_opd.runtime.vision import read_vision
 
 DRAWN = problems("dice", "train", 300)
 FILES = [f"{name}_{split}.jsonl" for name in ("dice", "cross") for split in ROWS]
@@ -109,3 +112,25 @@ def test_each_picture_gets_its_placeholders() -> None:
     assert int(inputs["mm_token_type_ids"].sum()) == sum(counts)
     assert len(inputs["pixel_values"]) == sum(counts) * (SIDE // PATCH) ** 2
     assert tokenizer.decode(row.ids[row.start :]) == problem.clean + tokenizer.eos_token
+
+
+def test_everything_fits_in_six_megabytes() -> None:
+    files = [path for path in SHIPPED.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 6e6
+
+
+def test_the_models_are_of_one_family() -> None:
+    student, teacher = (SHIPPED / "models" / name for name in ("student", "teacher"))
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (student / name).read_bytes() == (teacher / name).read_bytes()
+    weights, theirs = (load_file(folder / "model.safetensors") for folder in (student, teacher))
+    differs = {name for name in weights if not weights[name].equal(theirs[name])}
+    assert differs and not any("visual" in name for name in differs)
+    vision = read_vision(student)
+    assert (vision.start_token, vision.end_token, vision.image_token) == (512, 513, 514)
+    assert vision.token_pixels == SIDE and all(side % SIDE == 0 for size in SIZES for side in size)
+
+
+def test_pictures_are_never_resized() -> None:
+    vision = read_vision(SHIPPED / "models" / "student")
+    assert all(vision.min_pixels <= width * height <= vision.max_pixels for width, height in SIZES)
