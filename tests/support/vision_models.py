@@ -16,15 +16,7 @@ from transformers import (
 )
 
 TEXT_TOKENIZER = Path(__file__).parents[2] / "tools/toy/models/student"
-MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # ids 512 to 515
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] }}{%- else %}"
-    "{%- for part in message['content'] %}{%- if part['type'] == 'image' %}"
-    "{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else %}{{- part['text'] }}{%- endif %}{%- endfor %}"
-    "{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+TOKENIZER = Path(__file__).parents[2] / "tools/toy_multimodal/models/teacher"  # the same, images are ids 512 to 515
 _TEXT: dict[str, Any] = {
     "vocab_size": 516,
     "hidden_size": 64,
@@ -81,9 +73,7 @@ def make_vision_model(folder: Path, family: str = "qwen3_vl", *, tied: bool = Fa
         for parameter in model.parameters():  # far from the initial zeros and ones, so that a swap is seen
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(TEXT_TOKENIZER)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *MARKS]})
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.save_pretrained(folder)
     patch, mean = _PATCH[family]
     processor = {
