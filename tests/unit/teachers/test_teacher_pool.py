@@ -132,7 +132,11 @@ class HeldScorer(FakeScorer):
 async def asked_at_first(client: HeldScorer, *groups: int, caches: bool = True, prompt: int = 3) -> tuple[int, list]:
     """Requests of these groups' samples that are sent before the first answer; and what became of all."""
     pool = TeacherPool(
-        [Teacher("math", pool_of(client), VOCAB, {}, caches_prompts=caches)], 1, reference=None, top_k=0, student_vocab_size=VOCAB
+        [Teacher("math", pool_of(client), VOCAB, {}, caches_prompts=caches)],
+        1,
+        reference=None,
+        top_k=0,
+        student_vocab_size=VOCAB,
     )
     item = verified()
     item = replace(
