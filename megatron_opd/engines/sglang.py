@@ -80,6 +80,8 @@ class SGLangClient(EngineClient):
             },
             "return_logprob": True,
         }
+        if images and samples > 1:  # SGLang makes a batch of prompts of it, and takes a list of images for each
+            body["image_data"] = [body["image_data"]]
         if sampling.seed is not None:
             body["sampling_params"]["sampling_seed"] = sampling.seed
         if top_ids:

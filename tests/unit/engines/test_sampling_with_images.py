@@ -46,6 +46,13 @@ async def test_one_placeholder_and_the_file_are_sent_and_the_places_are_checked_
     assert prompt.items() <= sampled.items() and checked["logprob_start_len"] == 0
 
 
+async def test_the_images_of_several_responses_are_those_of_a_batch(asked) -> None:
+    server, client, image = asked
+    with pytest.raises(EngineError, match="number of responses"):  # the fake gives one
+        await client.generate(IDS, 2, SAMPLING, 0, (image,))
+    assert server.posts[0][1]["image_data"] == [["cG5n"]]
+
+
 WRONG = {
     "fewer tokens": {"prompt_tokens": 5},
     "another account of image tokens": {"image_tokens": 3},
