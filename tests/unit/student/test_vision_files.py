@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from vision_case import VisionReference, make_images, make_samples
 from vision_files_case import CONVERTED, KINDS, LOADS, TRAINED, TRAINED_KIND, make_models
 
+from megatron_opd.config import StudentConfig
 from megatron_opd.convert.checks import check_to_hf, check_to_megatron
+from megatron_opd.plan.memory import stage_params
+from megatron_opd.plan.shape import read_shape
 from megatron_opd.student.export import copy_side_files
 from megatron_opd.student.hf_weights import weight_mistakes
 from megatron_opd.student.sizes import read_hf_config
@@ -116,6 +119,18 @@ def test_a_checkpoint_is_loaded_by_any_layout(saved: dict, loaded: dict, by: str
     assert found["next"] == pytest.approx(expected["next"], abs=1e-5)
     for name, tensor in expected["after"].items():
         torch.testing.assert_close(found["after"][name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("learning", ["frozen", "learning"])
+@pytest.mark.parametrize("layout", TRAINED)
+def test_a_plan_knows_how_much_each_rank_has(work: Path, saved: dict, layout: str, learning: str) -> None:
+    model = work / "models" / TRAINED_KIND
+    student = StudentConfig(model=model, train_vision=learning == "learning", **TRAINED[layout])
+    found, shape = saved[layout][learning]["parameters"], read_shape(model, "student.model")
+    assert len(found) == student.ranks
+    for rank, (learn, frozen) in enumerate(found):
+        planned = stage_params(shape, student, rank * student.pipeline_parallel // student.ranks)
+        assert (learn, frozen) == (planned.total, planned.frozen)
 
 
 def test_the_tower_learns_only_where_it_is_told_to(work: Path, saved: dict) -> None:

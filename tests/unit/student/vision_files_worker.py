@@ -18,7 +18,7 @@ from convert_worker import empty
 from forked import run_layouts
 from megatron.core import parallel_state
 from student_case import denominator_of
-from student_worker import exported
+from student_worker import everywhere, exported
 from vision_case import Seen, pack_seen
 from vision_files_case import CONVERTED, KINDS, LOADS, SHARD, TRAINED, TRAINED_KIND
 from vision_worker import config_of
@@ -103,7 +103,7 @@ def train(work: Path, name: str) -> None:
             for parameter in student.model[0].parameters():
                 parameter.data.mul_(1.0 if parameter.requires_grad else 1.5)
         step(student, work)
-        found = state(student)
+        found = state(student) | {"parameters": everywhere(parameters(student))}
         leave_coordinator_state(run, 1)
         checkpoint.Saver(CheckpointConfig(async_save=False), run, student).begin(1)
         result[learning] = found | {"next": step(student, work), "after": exported(student)}
@@ -137,6 +137,12 @@ def step(student: Student, work: Path) -> dict[str, Any]:
     rows = [[index] for index in range(len(seen))][rank::copies]
     batch = pack_seen(seen, rows, denominator_of([one.sample for one in seen]))
     return dataclasses.asdict(train_step(student, batch, LossConfig()))
+
+
+def parameters(student: Student) -> tuple[int, int]:
+    """How many of this rank's learn, and how many do not."""
+    sizes = [(each.numel(), each.requires_grad) for chunk in student.model for each in chunk.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, learns in sizes if not learns)
 
 
 def finish(path: Path, result: dict[Any, Any]) -> None:
