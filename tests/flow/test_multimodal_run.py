@@ -84,7 +84,11 @@ def test_a_seeing_and_a_text_teacher_teach_one_student(urls: Urls, begin: Begin)
     assert min(accuracy["teacher"].values()) >= 0.85
     assert all(0.05 <= value <= 0.45 for value in accuracy["before"].values())
 
-    rows = [row for path in sorted(run.folder.rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows = [
+        row
+        for path in sorted((run.folder / "trajectories").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
     trained = {row["domain"]: bool(row["images"]) for row in rows}
     assert trained == {"dice": True, "code": False}
     files = [image_file(run.folder.parent / ".images", name) for row in rows for name in row["images"]]
