@@ -10,7 +10,7 @@ from megatron_opd.data.rows import MISSING, Flaw, show, type_name
 
 FORMS = "a path, bytes, base64, or an object with bytes, base64 or path"
 REPAIR = "repair or remove the record"
-LONGEST_PATH = 250  # a longer text is base64: the smallest image has more
+LONGEST_PATH = 250  # a longer text is base64; base64 that is no longer must say so, by an object or a data: address
 
 Source = bytes | Path
 """An image that nobody has opened: the bytes of its file, or where that is."""
@@ -25,8 +25,9 @@ def image_sources(name: str, value: object, folder: Path) -> list[Source]:
 
 def _source(name: str, image: object, folder: Path) -> Source:
     if isinstance(image, dict):  # as Hugging Face stores them: the path is only a name where there are bytes
-        given = [image.get(key) for key in ("bytes", "base64", "path")]
-        image = next((value for value in given if value), image)
+        if isinstance(image.get("base64"), str) and not image.get("bytes"):
+            return _decoded(name, image["base64"])
+        image = image.get("bytes") or image.get("path") or image
     if isinstance(image, bytes) and image:
         return image
     if not isinstance(image, str) or not image.strip():
