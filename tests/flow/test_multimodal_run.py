@@ -38,7 +38,7 @@ class Urls:
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
     os.chdir(ROOT)
-    config = load_config(CROSS)
+    config = load_config(CROSS, [])
     endpoints = assign_endpoints(config)
     with running(server_roles(config, endpoints), tmp_path_factory.mktemp("servers")):
         yield Urls(endpoints.rollout[0], endpoints.teachers["dice"][0], endpoints.teachers["code"][0])
