@@ -48,14 +48,15 @@ def run_ranks(job: ConversionJob, log: Path) -> Converted:
     began, threads = time.monotonic(), str(job.student.threads_per_rank)
     job.events.touch()
     adopt_orphans()
-    argv = ranks_argv("convert", job.student.ranks, job.model_dump_json())
-    child = start("the conversion", argv, child_environment(OMP_NUM_THREADS=threads, **ENVIRONMENT), log)
+    argv, child = ranks_argv("convert", job.student.ranks, job.model_dump_json()), None
     try:
+        child = start("the conversion", argv, child_environment(OMP_NUM_THREADS=threads, **ENVIRONMENT), log)
         while child.returncode is None:
             time.sleep(POLL_S)
     finally:
         ignore_signals()  # the clean-up is not interrupted
-        stop(child)
+        if child is not None:
+            stop(child)
     events = read_events(job.events)
     if child.returncode != 0:
         raise _failure(child, events)

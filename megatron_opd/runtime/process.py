@@ -18,6 +18,7 @@ import psutil
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ENDED_S = 10.0  # longest wait for a killed process to be gone
+READS = 50  # of an environment that is empty: for a second
 MARK = "OPD_STARTED_AS"  # environment variable that all have which one ``start`` has started, in whatever session
 
 
@@ -109,10 +110,15 @@ def _stop(find: Callable[[], list[psutil.Process]], grace_s: float) -> None:
 
 
 def _mark(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(MARK)
-    except (psutil.NoSuchProcess, OSError):  # it has just ended: there is nothing left to read
-        return None
+    for _ in range(READS):
+        try:
+            environment = process.environ()
+        except (psutil.Error, OSError):  # it has just ended: there is nothing left to read
+            return None
+        if environment:
+            return environment.get(MARK)
+        time.sleep(0.02)  # it is about to become another program, and has none for a moment
+    return None
 
 
 def _descendants() -> list[psutil.Process]:
