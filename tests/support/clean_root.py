@@ -1,6 +1,6 @@
 """Runs the steps of one Dockerfile target in a clean Debian root, for machines without a Docker engine.
 
-    python tools/clean_root.py [--target cpu] [--mirror URL] [--keep] [COMMAND ...]
+    python tests/support/clean_root.py [--target cpu] [--mirror URL] [--keep] [COMMAND ...]
 
 Needs root, debootstrap, and the package sources that this machine's apt and pip are set to. Every instruction of the
 target is carried out in order as Docker would: ENV, RUN, COPY, WORKDIR, USER. The base image is stood in for by a
@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SUITE = "bookworm"
 BASE_PACKAGES = "ca-certificates,python3,python3-venv,python3-pip"  # what the base image brings
 MOUNTS = ("/proc", "/sys", "/dev", "/dev/shm")
