@@ -13,6 +13,7 @@ from megatron_opd.errors import ConfigError
 
 ENGINE_KEY = "OPD_ENGINE_KEY"  # bearer token of started servers that other machines can reach; also in the launcher
 VLLM_KEY = "VLLM_API_KEY"  # the same as vLLM reads it
+LAUNCHER = "OPD_LAUNCHER"  # process id of what starts ranks
 TOKEN = "OPD_TOKEN"  # bearer token of the coordinator; made anew for each run, never written to a file
 
 
@@ -68,6 +69,17 @@ def local_rank() -> int:
 def world_size() -> int:
     """Ranks that torchrun started."""
     return int(os.environ["WORLD_SIZE"])
+
+
+def launcher() -> int | None:
+    """Process that has started this rank; None for others."""
+    found = os.environ.get(LAUNCHER)
+    return None if found is None else int(found)
+
+
+def be_launcher() -> None:
+    """Let the ranks that this process is about to start know it."""
+    os.environ[LAUNCHER] = str(os.getpid())
 
 
 def wandb_mode() -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_opd.runtime.env import launcher
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ENDED_S = 10.0  # longest wait for a killed process to be gone
@@ -23,8 +25,13 @@ MARK = "OPD_STARTED_AS"  # environment variable that all have which one ``start`
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Ask the kernel to send this signal to this process when the thread that started it is gone (Linux)."""
+    """Ask the kernel to send this signal to this process when the thread that started it is gone (Linux).
+
+    A rank takes seconds to import what it needs before it can ask: one whose launcher is gone by then ends at once.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+    if launcher() not in (None, os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def adopt_orphans() -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 
-from torch.distributed.run import main
-
-from megatron_opd.runtime.env import node_rank
+from megatron_opd.runtime.env import be_launcher, node_rank
 from megatron_opd.runtime.process import die_with_parent
 
 if __name__ == "__main__":
     die_with_parent()
+    from torch.distributed.run import main  # after it: this takes seconds, in which the parent may die
+
+    be_launcher()
     job, ranks, meeting, nodes, argument = sys.argv[1:]
     host, port = meeting.split(":")
     main(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_opd.errors import ConfigError
+from megatron_opd.runtime.env import LAUNCHER
 from megatron_opd.runtime.ports import free_port, take_port
 from megatron_opd.runtime.process import start
 
@@ -114,3 +115,11 @@ def test_a_port_in_use_is_an_error_that_names_the_key() -> None:
     assert "coordinator.port" in str(caught.value) and str(port) in str(caught.value)
     free = free_port()
     assert take_port(0, "x") > 0 and take_port(free, "x") == free
+
+
+def test_a_rank_whose_launcher_is_gone_ends_at_once() -> None:
+    code = "from megatron_opd.runtime.process import die_with_parent; die_with_parent(); print('lives')"
+    for parent, returncode in ((os.getpid(), 0), (os.getpid() + 1, -signal.SIGKILL)):
+        environment = os.environ | {LAUNCHER: str(parent)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+        assert (done.returncode, done.stdout) == (returncode, b"lives\n" if returncode == 0 else b"")
