@@ -16,8 +16,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from megatron_opd.config import ImagesConfig
 from megatron_opd.data.image_sources import REPAIR, Source
 from megatron_opd.data.rows import Flaw
 from megatron_opd.errors import ConfigError
-from megatron_opd.runtime.vision import Vision, image_file, read_vision
+from megatron_opd.runtime.vision import Vision, image_file, read_vision, write_whole
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others have decoders that start programs
 MOST_ELONGATED = 200  # longer side / shorter side, as the models' own processors have it
@@ -70,7 +68,7 @@ class ImageStore:
     @property
     def pixels(self) -> tuple[int, int]:
         """Fewest and most pixels of a resized image."""
-        return self.limits.min_pixels or self.vision.min_pixels, self.limits.max_pixels or self.vision.max_pixels
+        return pixel_range(self.vision, self.limits)
 
     def add(self, name: str, source: Source) -> Kept:
         """Keep an image; ``name`` is the field of the record that holds it. Raises Flaw when it cannot be used."""
@@ -87,9 +85,9 @@ class ImageStore:
         picture.save(buffer, "PNG", compress_level=PNG_EFFORT)
         png = buffer.getvalue()
         kept = Kept(hashlib.sha256(png).hexdigest(), picture.height // side, picture.width // side)
-        _write(image_file(self.folder, kept.hash), png)
+        write_whole(image_file(self.folder, kept.hash), png)
         facts = {"hash": kept.hash, "rows": kept.rows, "columns": kept.columns}
-        _write(known, json.dumps(facts).encode())
+        write_whole(known, json.dumps(facts).encode())
         return kept
 
     def _content(self, name: str, source: Source) -> bytes:
@@ -145,6 +143,11 @@ def open_store(model: Path, folder: Path, limits: ImagesConfig, column: str | No
     return None
 
 
+def pixel_range(vision: Vision, limits: ImagesConfig) -> tuple[int, int]:
+    """Fewest and most pixels of a resized image."""
+    return limits.min_pixels or vision.min_pixels, limits.max_pixels or vision.max_pixels
+
+
 def target_size(height: int, width: int, side: int, smallest: int, largest: int) -> tuple[int, int]:
     """Height and width to resize to: multiples of ``side`` with ``smallest`` to ``largest`` pixels in all.
 
@@ -175,11 +178,3 @@ def _on_white(picture: Picture.Image) -> Picture.Image:
     page = Picture.new("RGBA", picture.size, "white")
     page.alpha_composite(picture.convert("RGBA"))
     return page.convert("RGB")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Under a temporary name until it is complete: others may look for it at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

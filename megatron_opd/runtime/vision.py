@@ -7,6 +7,8 @@ are. So all of them read it here.
 from __future__ import annotations
 
 import json
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,3 +101,11 @@ def _read(path: Path) -> dict:
 def image_file(folder: Path, digest: str) -> Path:
     """Where the resized image of this hash (``records.Image.hash``) is kept in a folder of images."""
     return folder / digest[:2] / f"{digest}.png"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name until it is complete: others may look for it at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from megatron_opd.records import Image
-from megatron_opd.runtime.vision import Vision, image_file
+from megatron_opd.runtime.vision import Vision, image_file, write_whole
 
 TOKENS = 64  # that are no image's
 _BEFORE = 8  # of them before the image
@@ -58,15 +57,8 @@ def image_probe(vocab_size: int, vision: Vision, folder: Path | None) -> Probe:
     seen = [vision.start_token, *[vision.image_token] * (rows * columns), vision.end_token]
     image = Image(hashlib.sha256(png).hexdigest(), rows, columns, start=_BEFORE + 1)
     if folder is not None:
-        _write(image_file(folder, image.hash), png)
+        write_whole(image_file(folder, image.hash), png)
     return Probe(np.concatenate([text[:_BEFORE], seen, text[_BEFORE:]]), (image,))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _grid(vision: Vision) -> tuple[int, int]:

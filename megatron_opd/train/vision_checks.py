@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_opd.config import Config, TeacherConfig
+from megatron_opd.data.images import pixel_range
 from megatron_opd.errors import ConfigError, OpdError
 from megatron_opd.runtime.vision import PROCESSOR, Vision, read_vision
 
@@ -31,7 +32,7 @@ def vision_mistakes(config: Config, frozen: dict[str, TeacherConfig]) -> Iterato
     student = read_vision(config.student.model) if config.data.has_images else None
     if student is None:
         return
-    sizes = pixel_range(config, student)
+    sizes = pixel_range(student, config.data.images)
     yield from _size_mistakes("student.model", config.student.model, student, sizes)
     for key, teacher in frozen.items():
         vision = read_vision(teacher.model) if teacher.images == "send" else None
@@ -48,12 +49,6 @@ def vision_mistakes(config: Config, frozen: dict[str, TeacherConfig]) -> Iterato
             )
         yield from _setting_mistakes(key, teacher.model, vision, student)
         yield from _size_mistakes(f"{key}.model", teacher.model, vision, sizes)
-
-
-def pixel_range(config: Config, student: Vision) -> tuple[int, int]:
-    """Fewest and most pixels of a resized image."""
-    limits = config.data.images
-    return limits.min_pixels or student.min_pixels, limits.max_pixels or student.max_pixels
 
 
 def _setting_mistakes(key: str, model: Path, vision: Vision, student: Vision) -> Iterator[OpdError]:
