@@ -123,6 +123,7 @@ async def drive(size: Size, folder: Path) -> dict[str, float]:
         wall, cpu = time.monotonic(), time.process_time()
         await loop.run()
         found = {"cpu_s": time.process_time() - cpu, "wall_s": time.monotonic() - wall}
+        await board.end(RANKS)
         assert await cluster.wait() == 0
     return {name: value / size.steps for name, value in found.items()}
 

@@ -61,9 +61,9 @@ class Cluster:
                 )
                 async with session.post(f"{coordinator}/v1/refreshed", json=report.model_dump()) as answer:
                     answer.raise_for_status()
-                for rank in range(ranks):
-                    if not await self._batch(session, f"{coordinator}/v1/batch/{self.version}/{rank}"):
-                        return
+                url = f"{coordinator}/v1/batch/{self.version}"
+                if not all([await self._batch(session, f"{url}/{rank}") for rank in range(ranks)]):
+                    return  # each rank has been told
                 self.version += 1
 
     @staticmethod
