@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 WINDOW_BYTES = 256 << 20  # of received tensors that are not loaded yet
 MARK = "Streams weights."  # in the answer to /init_weights_update_group: says that one request may ask for everything
+STREAM = "megatron_opd_stream"  # for a load format: each tensor is sent, and not broadcast
 
 _places = weakref.WeakKeyDictionary()  # of each model
 
@@ -98,8 +99,11 @@ class Watch(TorchDispatchMode):
         return places
 
 
-def receive(updater, names, dtypes, shapes, group) -> list:
-    """Receive and load one broadcast from rank 0 of ``group`` for each name. Nothing is left to load: an empty list."""
+def receive(updater, names, dtypes, shapes, group, streamed) -> list:
+    """Receive and load what rank 0 of ``group`` broadcasts for each name, or, ``streamed``, sends to this rank alone.
+
+    Nothing is left to load: an empty list.
+    """
     model = updater.get_model()
     places = _places.setdefault(model, Places(model))
 
@@ -114,7 +118,7 @@ def receive(updater, names, dtypes, shapes, group) -> list:
     under_way, held = deque(), 0
     for name, dtype, shape, place in zip(names, dtypes, shapes, places.of(names, dtypes, shapes), strict=True):
         tensor = torch.empty(shape, dtype=dtype, device=updater.device) if place is None else place
-        work = dist.broadcast(tensor, src=0, group=group, async_op=True)
+        work = group.recv([tensor], 0, 0) if streamed else dist.broadcast(tensor, 0, group, async_op=True)
         under_way.append((name, tensor, work, place is None))
         held += tensor.nbytes if place is None else 0
         if held > WINDOW_BYTES:
@@ -154,8 +158,9 @@ def patch(module) -> None:
         return self.get_model_runner().spec_algorithm.is_none()  # a draft model loads what its target has received
 
     def receive_weights_from_distributed(self, *, names, dtypes, shapes, group_name, load_format=None):
-        if load_format is None and streams(self):
-            return receive(self, names, dtypes, shapes, self._model_update_group[group_name])
+        if load_format in (None, STREAM) and streams(self):
+            group = self._model_update_group[group_name]
+            return receive(self, names, dtypes, shapes, group, load_format == STREAM)
         return receive_buckets(
             self, names=names, dtypes=dtypes, shapes=shapes, group_name=group_name, load_format=load_format
         )

@@ -18,6 +18,7 @@ from megatron_opd.runtime.http import fetch
 # From this release on, weight updates stand between /begin_weight_update and /end_weight_update.
 FIRST_WITH_BRACKETS = (0, 5, 21)
 STREAM_MARK = "Streams weights."  # of ``sglang_receiver``, in the answer to joining a group
+STREAM = "megatron_opd_stream"  # a load format of its own
 
 PauseMode = Literal["retract", "in_place"]
 
@@ -73,9 +74,15 @@ class WeightClient(SGLangClient):
     async def leave_weight_group(self, name: str) -> None:
         await self._control("/destroy_weights_update_group", {"group_name": name})
 
-    async def receive_bucket(self, bucket: WeightBucket, group: str, *, flush: bool, version: int | None) -> None:
-        """Receive one broadcast for each tensor of ``bucket``, straight into memory of its own."""
+    async def receive_bucket(
+        self, bucket: WeightBucket, group: str, *, flush: bool, version: int | None, streamed: bool = False
+    ) -> None:
+        """Receive one broadcast for each tensor of ``bucket``, straight into memory of its own.
+
+        ``streamed``: what is sent to each rank alone instead, of an engine that can take a stream.
+        """
         body = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": group}
+        body |= {"load_format": STREAM} if streamed else {}
         await self._control("/update_weights_from_distributed", body | _outcome(flush, version))
 
     # ------------------------------------------------------------ other ways

@@ -22,7 +22,7 @@ from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
-from megatron_opd.engines.weights import STREAM_MARK
+from megatron_opd.engines.weights import STREAM, STREAM_MARK
 from megatron_opd.runtime.process import die_with_parent
 
 
@@ -117,7 +117,7 @@ class FakeEngine:
             for shape, dtype in zip(body["shapes"], body["dtypes"], strict=True)
         ]
         try:
-            await asyncio.to_thread(receive, group, tensors)
+            await asyncio.to_thread(receive, group, tensors, body.get("load_format") == STREAM)
         except RuntimeError as error:
             return failed(f"Failed to receive weights: {error}")
         return self._took(dict(zip(body["names"], tensors, strict=True)), body)
@@ -228,10 +228,10 @@ def join(name: str, host: str, port: int, rank: int, world: int) -> dist.Process
     return group
 
 
-def receive(group: dist.ProcessGroup, tensors: list[torch.Tensor]) -> None:
+def receive(group: dist.ProcessGroup, tensors: list[torch.Tensor], streamed: bool) -> None:
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    for work in [group.broadcast([tensor], options) for tensor in tensors]:
+    for work in [group.recv([one], 0, 0) if streamed else group.broadcast([one], options) for one in tensors]:
         work.wait()
 
 

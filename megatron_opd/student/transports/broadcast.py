@@ -5,8 +5,8 @@ concatenating buckets costs more than sending many tensors. The next bucket is g
 the present one is on its way.
 
 Where all engines can take a stream (``engines/sglang_receiver.py``), one request asks for as much as
-``STREAM_BUCKETS`` buckets, and tensors follow each other as they are gathered. What will come is known from the update
-before.
+``STREAM_BUCKETS`` buckets, and tensors follow each other as they are gathered (``line``). What will come is known from
+the update before.
 
 The engines of a group share one fate: when one of them fails, the group is dead, and all others have to be sent
 everything again, in a new one.
@@ -18,7 +18,6 @@ import asyncio
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -46,6 +45,7 @@ from megatron_opd.student.transports.base import (
     joined,
     soon,
 )
+from megatron_opd.student.transports.line import Line
 
 Parting = Callable[[Iterable[WeightClient]], Awaitable[None]]
 
@@ -68,8 +68,9 @@ class _Bucket:
     """What one request asks for, on its way."""
 
     requests: dict[asyncio.Task, WeightClient]
-    # Bytes, a tensor, which must live until that is done, and its broadcast.
-    sent: deque[tuple[int, torch.Tensor, dist.Work]] = field(default_factory=deque)
+    # A tensor, which must live until that is done, and its broadcast.
+    sent: list[tuple[torch.Tensor, dist.Work]] = field(default_factory=list)
+    line: Line | None = None  # where it is not broadcast
 
 
 class Broadcast(Transport):
@@ -148,9 +149,10 @@ class Broadcast(Transport):
     ) -> dict[WeightClient, OpdError]:
         for part in self._layout:
             last = part is self._layout[-1]
-            under_way = self._ask(engines, part, flush and last, version if last else None)
+            line = Line(self._group.group)
+            under_way = self._ask(engines, part, flush and last, version if last else None, line)
             for tensor in _as_expected(weights, part):
-                sent.bytes += self._depart(under_way, tensor)
+                sent.bytes += line.send(tensor)
                 if not await self._has_room(under_way):
                     break
             if failed := await self._arrive(under_way):
@@ -163,42 +165,51 @@ class Broadcast(Transport):
         """Wait until no more than a bucket's bytes are on their way; False: an engine has answered before the end."""
         deadline = time.monotonic() + self._config.timeout_s
         await asyncio.sleep(0)  # for requests to leave
-        while True:
-            while bucket.sent and bucket.sent[0][-1].is_completed():
-                bucket.sent.popleft()
-            if any(request.done() for request in bucket.requests) or time.monotonic() > deadline:
+        while not bucket.line.broken and time.monotonic() < deadline:
+            if any(request.done() for request in bucket.requests):
                 return False
-            if sum(size for size, _, _ in bucket.sent) <= self._config.bucket_bytes:
+            if bucket.line.under_way <= self._config.bucket_bytes:
                 return True
             await asyncio.wait(bucket.requests, timeout=POLL_S)
+        return False
 
     def _ask(
-        self, engines: Sequence[WeightClient], description: WeightBucket, flush: bool, version: int | None
+        self,
+        engines: Sequence[WeightClient],
+        description: WeightBucket,
+        flush: bool,
+        version: int | None,
+        line: Line | None = None,
     ) -> _Bucket:
         """Let the engines wait for what is described."""
-        name = self._group.name
-        return _Bucket(
-            {
-                asyncio.create_task(engine.receive_bucket(description, name, flush=flush, version=version)): engine
-                for engine in engines
-            }
-        )
+        name, streamed = self._group.name, line is not None
+        requests = {
+            asyncio.create_task(
+                engine.receive_bucket(description, name, flush=flush, version=version, streamed=streamed)
+            ): engine
+            for engine in engines
+        }
+        return _Bucket(requests, line=line)
 
     def _depart(self, bucket: _Bucket, tensor: torch.Tensor) -> int:
-        size = tensor.nbytes
-        bucket.sent.append((size, tensor, self._group.group.broadcast([tensor], _from_rank_0())))
-        return size
+        bucket.sent.append((tensor, self._group.group.broadcast([tensor], _from_rank_0())))
+        return tensor.nbytes
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
         """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
 
         async def give_up(failed: Iterable[WeightClient]) -> None:
             bucket.sent.clear()  # each work keeps the connections open
+            if bucket.line is not None:
+                bucket.line.drop()
             await self._break_up(failed)
 
         failed = await self._together(bucket.requests, give_up)
-        for _, _, work in bucket.sent if not failed else ():
-            work.wait()
+        if not failed:
+            for _, work in bucket.sent:
+                work.wait()
+            if bucket.line is not None:
+                bucket.line.close()
         return failed
 
     async def _meet(self, engines: Sequence[WeightClient]) -> dict[WeightClient, OpdError]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_opd.engines import sglang_receiver
 from megatron_opd.engines.sglang_receiver import Places
-from megatron_opd.engines.weights import STREAM_MARK
+from megatron_opd.engines.weights import STREAM, STREAM_MARK
 
 Named = list[tuple[str, torch.Tensor]]
 SHAPES = {"q": (4, 3), "k": (2, 3), "embed": (5, 3), "norm": (3,)}
@@ -107,4 +107,4 @@ def test_a_parameter_that_was_replaced_and_a_tensor_of_another_shape_lose_their_
 
 
 def test_both_ends_have_the_same_mark() -> None:
-    assert sglang_receiver.MARK == STREAM_MARK
+    assert (sglang_receiver.MARK, sglang_receiver.STREAM) == (STREAM_MARK, STREAM)

@@ -154,7 +154,7 @@ def test_after_the_first_refresh_engines_that_can_take_a_stream(
 ) -> None:
     found, update = faults[name], "/update_weights_from_distributed"
     assert found["first"].live == tuple(found["urls"])
-    assert list(found["second"].out) == [found["urls"][number] for number in out]
+    assert list(found["second"].out) == [found["urls"][number] for number in out], found["second"].out
     before, both = (found[calls][1].count(update) for calls in ("calls", "later_calls"))
     assert (both - before < before) == fewer
 
