@@ -11,6 +11,8 @@ import pytest
 from slurm_cluster import SlurmCluster, cluster_or_skip
 from slurm_jobs import LIMIT_S, submit
 
+from megatron_opd.observe.recorder import read_events
+
 from runs import GONE_LIMIT_S, Servers, assert_all_gone
 
 SHORT = ["data.eval=null", "checkpoint.every_steps=1", "rollout.prompts_per_step=8"]
@@ -23,9 +25,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield found
 
 
-@pytest.mark.timeout(1000)  # three starts of a server and 40 steps
+@pytest.mark.timeout(1000)  # four starts of a server and 40 steps
 def test_the_toy_over_three_nodes_learns_what_it_learns_on_one_machine(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Although its rollout engine dies once: it is started again on the same node, and is sent the weights."""
     job = submit(cluster, tmp_path, "whole", "evaluation.teachers=false")
+    job.wait_for_steps(3)
+    job.server("models/student").kill()
     ended = cluster.wait_for_state(job.number, "COMPLETED", "FAILED", limit_s=2 * LIMIT_S)
     assert ended == "COMPLETED", job.output.read_text()
     summary = json.loads((job.folder / "summary.json").read_text())
@@ -33,6 +38,8 @@ def test_the_toy_over_three_nodes_learns_what_it_learns_on_one_machine(cluster: 
     assert len(gains) == 2 and sum(gains) / 2 > LEAST_GAIN, summary["eval"]
     assert job.steps() == list(range(1, 41))
     assert (job.folder / "student_hf" / "config.json").is_file()
+    told = [event["event"] for event in read_events(job.folder / "events.jsonl")]
+    assert told.count("server_died") == told.count("server_returned") == 1
     log = (job.folder / "logs" / "teacher-math.log").read_text()
     assert "'api_key': '***'" in log  # it asks for one, and does not tell which
     assert_all_gone(job.processes())
@@ -54,8 +61,7 @@ def test_a_job_that_is_told_of_its_time_limit_saves_and_goes_on(
     cluster: SlurmCluster, tmp_path: Path, servers: Servers
 ) -> None:
     job = submit(cluster, tmp_path, "limited", *SHORT, "steps=1000", "checkpoint.every_steps=1000", *servers.attach())
-    while len(job.steps()) < 2:
-        time.sleep(0.2)
+    job.wait_for_steps(2)
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     deadline = time.monotonic() + LIMIT_S
     while "going on after step" not in job.output.read_text():

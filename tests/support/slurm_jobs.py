@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,18 +30,34 @@ class Job:
         path = self.folder / "metrics.jsonl"
         return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
+    def wait_for_steps(self, number: int) -> None:
+        self._wait_until(lambda: len(self.steps()) >= number)
+
     def wait_for_checkpoint(self, step: int) -> None:
-        tracker, deadline = (
-            self.folder / "checkpoints" / "latest_checkpointed_iteration.txt",
-            time.monotonic() + LIMIT_S,
-        )
-        while not tracker.exists() or int(tracker.read_text()) < step:
+        tracker = self.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+        self._wait_until(lambda: tracker.exists() and int(tracker.read_text()) >= step)
+
+    def _wait_until(self, seen: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not seen():
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
         """All that have the run's folder in their command line."""
         return [process for process in psutil.process_iter() if str(self.folder) in command_of(process)]
+
+    def server(self, model: str) -> psutil.Process:
+        """Of those on the job's nodes that serve a model whose path ends with ``model``, the one that began first."""
+        found = [process for process in psutil.process_iter() if self._serves(process, model)]
+        return min(found, key=lambda process: process.create_time())
+
+    def _serves(self, process: psutil.Process, model: str) -> bool:
+        command = command_of(process)
+        try:
+            return model in command and "srun" not in command and process.environ().get("SLURM_JOB_ID") == self.number
+        except psutil.Error:  # it has just ended
+            return False
 
 
 def submit(

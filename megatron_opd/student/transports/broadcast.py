@@ -5,8 +5,8 @@ concatenating buckets costs more than sending many tensors. The next bucket is g
 the present one is on its way.
 
 Where all engines can take a stream (``engines/sglang_receiver.py``), one request asks for as much as
-``STREAM_BUCKETS`` buckets, and tensors follow each other as they are gathered (``line``). What will come is known from
-the update before.
+``STREAM_BUCKETS`` buckets, and tensors follow each other as they are gathered (``sending.Line``). What will come is
+known from the update before.
 
 The engines of a group share one fate: when one of them fails, the group is dead, and all others have to be sent
 everything again, in a new one.
@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 
@@ -45,7 +45,7 @@ from megatron_opd.student.transports.base import (
     joined,
     soon,
 )
-from megatron_opd.student.transports.line import Line
+from megatron_opd.student.transports.sending import Broadcasts, Line
 
 Parting = Callable[[Iterable[WeightClient]], Awaitable[None]]
 
@@ -68,9 +68,7 @@ class _Bucket:
     """What one request asks for, on its way."""
 
     requests: dict[asyncio.Task, WeightClient]
-    # A tensor, which must live until that is done, and its broadcast.
-    sent: list[tuple[torch.Tensor, dist.Work]] = field(default_factory=list)
-    line: Line | None = None  # where it is not broadcast
+    tensors: Broadcasts | Line
 
 
 class Broadcast(Transport):
@@ -131,9 +129,10 @@ class Broadcast(Transport):
             if under_way is not None and (failed := await self._arrive(under_way)):
                 return failed
             layout.append(described(bucket))
-            under_way = self._ask(engines, layout[-1], flush and last, version if last else None)
+            tensors = Broadcasts(self._group.group)
+            under_way = self._ask(engines, layout[-1], flush and last, version if last else None, tensors)
             for _, tensor in bucket:
-                sent.bytes += self._depart(under_way, tensor)
+                sent.bytes += tensors.send(tensor)
             if not last:
                 await asyncio.wait(under_way.requests, timeout=DEPARTURE_S)
         self._layout = tuple(joined(layout[i : i + STREAM_BUCKETS]) for i in range(0, len(layout), STREAM_BUCKETS))
@@ -153,7 +152,7 @@ class Broadcast(Transport):
             under_way = self._ask(engines, part, flush and last, version if last else None, line)
             for tensor in _as_expected(weights, part):
                 sent.bytes += line.send(tensor)
-                if not await self._has_room(under_way):
+                if not await self._has_room(line, under_way.requests):
                     break
             if failed := await self._arrive(under_way):
                 return failed
@@ -161,16 +160,16 @@ class Broadcast(Transport):
             raise RefreshError("There are more weights than at the last refresh", got=more[0])
         return {}
 
-    async def _has_room(self, bucket: _Bucket) -> bool:
+    async def _has_room(self, line: Line, requests: Iterable[asyncio.Task]) -> bool:
         """Wait until no more than a bucket's bytes are on their way; False: an engine has answered before the end."""
         deadline = time.monotonic() + self._config.timeout_s
         await asyncio.sleep(0)  # for requests to leave
-        while not bucket.line.broken and time.monotonic() < deadline:
-            if any(request.done() for request in bucket.requests):
+        while not line.broken and time.monotonic() < deadline:
+            if any(request.done() for request in requests):
                 return False
-            if bucket.line.under_way <= self._config.bucket_bytes:
+            if line.under_way <= self._config.bucket_bytes:
                 return True
-            await asyncio.wait(bucket.requests, timeout=POLL_S)
+            await asyncio.wait(requests, timeout=POLL_S)
         return False
 
     def _ask(
@@ -179,37 +178,28 @@ class Broadcast(Transport):
         description: WeightBucket,
         flush: bool,
         version: int | None,
-        line: Line | None = None,
+        tensors: Broadcasts | Line,
     ) -> _Bucket:
         """Let the engines wait for what is described."""
-        name, streamed = self._group.name, line is not None
+        name, streamed = self._group.name, isinstance(tensors, Line)
         requests = {
             asyncio.create_task(
                 engine.receive_bucket(description, name, flush=flush, version=version, streamed=streamed)
             ): engine
             for engine in engines
         }
-        return _Bucket(requests, line=line)
-
-    def _depart(self, bucket: _Bucket, tensor: torch.Tensor) -> int:
-        bucket.sent.append((tensor, self._group.group.broadcast([tensor], _from_rank_0())))
-        return tensor.nbytes
+        return _Bucket(requests, tensors)
 
     async def _arrive(self, bucket: _Bucket) -> dict[WeightClient, OpdError]:
         """Wait for a bucket. Answers first: when an engine refuses, nobody will ever join the broadcast."""
 
         async def give_up(failed: Iterable[WeightClient]) -> None:
-            bucket.sent.clear()  # each work keeps the connections open
-            if bucket.line is not None:
-                bucket.line.drop()
+            bucket.tensors.drop()
             await self._break_up(failed)
 
         failed = await self._together(bucket.requests, give_up)
         if not failed:
-            for _, work in bucket.sent:
-                work.wait()
-            if bucket.line is not None:
-                bucket.line.close()
+            bucket.tensors.close()
         return failed
 
     async def _meet(self, engines: Sequence[WeightClient]) -> dict[WeightClient, OpdError]:
@@ -316,9 +306,3 @@ def _as_expected(weights: Iterator[tuple[str, torch.Tensor]], part: WeightBucket
 
 def _first_error(tasks: Iterable[asyncio.Task]) -> BaseException | None:
     return next((task.exception() for task in tasks if task.done() and not task.cancelled()), None)
-
-
-def _from_rank_0() -> dist.BroadcastOptions:
-    options = dist.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    return options

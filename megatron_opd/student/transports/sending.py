@@ -1,4 +1,4 @@
-"""Tensors to all other ranks of a gloo group, each out of the memory it is in, without a word between two of them.
+"""Tensors on their way to all other ranks of a group, each out of the memory it is in.
 
 A gloo broadcast agrees on every tensor anew, which costs a third of the time at 4 MB a tensor. Receivers of a line have
 asked for everything at once, so that what is sent goes on its way as it comes.
@@ -12,16 +12,41 @@ from queue import Empty, SimpleQueue
 import torch
 import torch.distributed as dist
 
-TAG = 0
-_On = tuple[torch.Tensor, list[dist.Work]]  # its way: the tensor must live until these are done
+_Leaving = tuple[torch.Tensor, list[dist.Work]]  # the tensor must live until these are done
 
 
-class Line:
-    """Sends in order. gloo tells of the end of a send only those who wait for it: a thread of the line's own does."""
+class Broadcasts:
+    """Broadcasts in order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._queue: SimpleQueue[_On | None] = SimpleQueue()
+        self._leaving: list[tuple[torch.Tensor, dist.Work]] = []
+
+    def send(self, tensor: torch.Tensor) -> int:
+        """Send a contiguous tensor; its bytes."""
+        self._leaving.append((tensor, self._group.broadcast([tensor], _from_rank_0())))
+        return tensor.nbytes
+
+    def close(self) -> None:
+        """Wait until everything has arrived."""
+        for _, work in self._leaving:
+            work.wait()
+
+    def drop(self) -> None:
+        """Let go of the group and of what is under way: each work keeps the connections open."""
+        self._leaving.clear()
+        del self._group
+
+
+class Line:
+    """Sends to one rank after the other, in order.
+
+    gloo tells of the end of a send only those who wait for it: a thread of the line's own does.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._queue: SimpleQueue[_Leaving | None] = SimpleQueue()
         self._left, self._arrived = 0, 0  # bytes; each is changed by one thread
         self.broken = False
         self._thread = threading.Thread(target=self._wait, daemon=True)  # gloo may wait for long when a peer is gone
@@ -34,7 +59,7 @@ class Line:
 
     def send(self, tensor: torch.Tensor) -> int:
         """Send a contiguous tensor; its bytes."""
-        works = [self._group.send([tensor], rank, TAG) for rank in range(1, self._group.size())]
+        works = [self._group.send([tensor], rank, 0) for rank in range(1, self._group.size())]
         self._left += tensor.nbytes
         self._queue.put((tensor, works))
         return tensor.nbytes
@@ -64,3 +89,9 @@ class Line:
                 return
             self._arrived += tensor.nbytes
             del item, tensor, works  # while it waits for the next
+
+
+def _from_rank_0() -> dist.BroadcastOptions:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    return options
