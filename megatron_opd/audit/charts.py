@@ -180,10 +180,11 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About ``count`` round numbers that enclose low .. high: multiples of 1, 2 or 5 times a power of ten."""
     low, high = widened(float(low), float(high))
     raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
+    exponent = math.floor(math.log10(raw))
+    power = 10.0**exponent
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [round(number * step, 12 - exponent) for number in range(first, last + 1)]
 
 
 def whole_ticks(first: float, last: float) -> list[float]:
@@ -195,7 +196,7 @@ def whole_ticks(first: float, last: float) -> list[float]:
 def widened(low: float, high: float) -> tuple[float, float]:
     """The range, or a wider one where both ends are equal up to rounding."""
     largest = max(abs(low), abs(high))
-    margin = 0.0 if high - low > 1e-6 * largest else max(0.1 * largest, 1e-3)
+    margin = 0.0 if high - low > max(1e-6 * largest, 1e-300) else max(0.1 * largest, 1e-3)
     return low - margin, high + margin
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_opd.audit import formats
@@ -37,6 +37,8 @@ finite = st.floats(-1e6, 1e6)
 
 
 @given(finite, finite)
+@example(0.0, 1e-12)
+@example(0.0, 5e-324)
 def test_ticks_enclose_the_values_and_are_evenly_spaced(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
     ticks = nice_ticks(low, high, 5)
