@@ -9,9 +9,9 @@ a copy, and new memory costs as much as one: the kernel clears it. Here
 - what has no place (a shard of a tensor, an engine of several ranks) is received into new memory, at most
   ``WINDOW_BYTES`` of it at once, and loaded while the tensors after it are under way.
 
-So one request may ask for the whole model, all its receives are posted at once, and rank 0 sends to each rank instead
-of broadcasting. An update that breaks leaves the engine with some new and some old weights, as SGLang's own does.
-Loaded by path, in the engine's environment: it imports nothing of this package.
+So one request may ask for the whole model, its receives are posted as far as there is memory for them, and rank 0
+sends to each rank instead of broadcasting. An update that breaks leaves the engine with some new and some old weights,
+as SGLang's own does. Loaded by path, in the engine's environment: it imports nothing of this package.
 """
 
 import weakref

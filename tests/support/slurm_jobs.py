@@ -31,13 +31,13 @@ class Job:
         return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
     def wait_for_steps(self, number: int) -> None:
-        self._wait_until(lambda: len(self.steps()) >= number)
+        self.wait_until(lambda: len(self.steps()) >= number)
 
     def wait_for_checkpoint(self, step: int) -> None:
         tracker = self.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
-        self._wait_until(lambda: tracker.exists() and int(tracker.read_text()) >= step)
+        self.wait_until(lambda: tracker.exists() and int(tracker.read_text()) >= step)
 
-    def _wait_until(self, seen: Callable[[], bool]) -> None:
+    def wait_until(self, seen: Callable[[], bool]) -> None:
         deadline = time.monotonic() + LIMIT_S
         while not seen():
             assert time.monotonic() < deadline, self.output.read_text()
@@ -48,7 +48,7 @@ class Job:
         return [process for process in psutil.process_iter() if str(self.folder) in command_of(process)]
 
     def server(self, model: str) -> psutil.Process:
-        """Of those on the job's nodes that serve a model whose path ends with ``model``, the one that began first."""
+        """Of those on the job's nodes that serve a model whose path has ``model``, the one that began first."""
         found = [process for process in psutil.process_iter() if self._serves(process, model)]
         return min(found, key=lambda process: process.create_time())
 

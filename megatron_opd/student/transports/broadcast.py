@@ -150,10 +150,14 @@ class Broadcast(Transport):
             last = part is self._layout[-1]
             line = Line(self._group.group)
             under_way = self._ask(engines, part, flush and last, version if last else None, line)
-            for tensor in _as_expected(weights, part):
-                sent.bytes += line.send(tensor)
-                if not await self._has_room(line, under_way.requests):
-                    break
+            try:
+                for tensor in _as_expected(weights, part):
+                    sent.bytes += line.send(tensor)
+                    if not await self._has_room(line, under_way.requests):
+                        break
+            except BaseException:
+                line.drop()  # its thread would keep the connections open, and the engines waiting
+                raise
             if failed := await self._arrive(under_way):
                 return failed
         if (more := next(weights, None)) is not None:
